@@ -1,0 +1,1 @@
+"""The staged Medusa engine: everything that is not the terminal."""

@@ -1,0 +1,48 @@
+"""`jupiter`: one small module per subcommand, imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from engine.errors import ExitCode, JupiterError
+
+COMMANDS = {
+    "fetch": "bring a model into the cache and print its folder",
+    "merge": "write base model and Medusa heads as one Hugging Face folder",
+    "run": "answer one prompt in this process with the merged model",
+    "stage": "run one stage by hand; start one per rank in separate shells",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `jupiter COMMAND ...`; returns the exit code (see ExitCode).
+
+    Each command is a module `engine.cli.<command>` with `add_arguments(parser)` and
+    `run(args) -> int`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="jupiter",
+        description="Staged, speculative LLM inference.",
+        epilog="`jupiter COMMAND --help` tells more; `jupiter-tui` opens the terminal workbench.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if words and words[0] == name:
+            importlib.import_module(f"engine.cli.{name}").add_arguments(command)
+    args = parser.parse_args(words)
+    try:
+        return int(importlib.import_module(f"engine.cli.{args.command}").run(args))
+    except JupiterError as error:
+        print(f"jupiter {args.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

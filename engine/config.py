@@ -1,0 +1,243 @@
+"""The one schema of `config.json`, for every rank, every world size and every command."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from engine.errors import ConfigError
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Sampling = Literal["greedy", "typical", "nucleus"]
+TreePath = Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1)]
+MedusaChoices = Literal["auto", "mc_16", "mc_63"] | Annotated[list[TreePath], Meta(min_length=1)]
+
+
+class JupiterConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """One run of Jupiter; see docs/config.md for each key.
+
+    Lengths count tokens. Paths are as the user wrote them: `load_config` makes relative ones
+    absolute when they exist beside the config file but not in the current folder.
+    """
+
+    base_model_name_or_path: str
+    medusa_head_path: str | None = None
+    medusa_num_heads: Annotated[int, Meta(ge=0)] | None = None
+    medusa_num_layers: Annotated[int, Meta(ge=0)] | None = None
+    medusa_choices: MedusaChoices = "auto"
+
+    stage_num_hidden_layers_list: Annotated[list[PositiveInt], Meta(min_length=1)]
+    init_method: Annotated[str, Meta(pattern=r"^(tcp|file|env)://")] = "tcp://127.0.0.1:23000"
+    distributed_backend: Literal["gloo", "nccl"] = "gloo"
+    distributed_timeout_minutes: Annotated[float, Meta(gt=0)] = 60.0
+    device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
+    num_threads: PositiveInt | None = None
+    torch_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+
+    sampling: Sampling = "typical"
+    temperature: Annotated[float, Meta(ge=0.0)] = 0.7
+    posterior_threshold: Share = 0.09
+    posterior_alpha: Annotated[float, Meta(ge=0.0)] = 0.3
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.8
+    max_steps: PositiveInt | None = None
+    max_new_tokens: PositiveInt | None = None
+
+    num_sub_sequences: PositiveInt = 5
+    max_sub_sequence_len: PositiveInt = 128
+    max_kv_cache_length: PositiveInt = 2048
+    max_num_seqs: PositiveInt = 16
+
+    model_keys: dict[str, Any] = {}
+    """Keys of the model's own config.json that the original kept in the same file.
+
+    They are checked against the checkpoint, never used in its place.
+    """
+
+    @property
+    def world_size(self) -> int:
+        """Number of stages, each a process of its own."""
+        return len(self.stage_num_hidden_layers_list)
+
+
+# The original's one file also repeated the model's config.json; these keys are taken aside.
+# fmt: off
+MODEL_KEYS = frozenset((
+    "_name_or_path", "architectures", "attention_bias", "bos_token_id", "eos_token_id",
+    "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
+    "max_position_embeddings", "model_type", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "pad_token_id", "rms_norm_eps", "rope_scaling", "rope_theta",
+    "tie_word_embeddings", "transformers_version", "use_cache", "vocab_size",
+))
+# fmt: on
+# Other names for the same key: the original read one name and wrote the other.
+ALIASES = {"sub_sequence_length": "max_sub_sequence_len", "dtype": "torch_dtype"}
+
+
+def find_config(given: str | None) -> Path:
+    """Path of the config file: the flag's, the current folder's, the one in the package.
+
+    Raises ConfigError when the named file does not exist.
+    """
+    if given is not None:
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"{given}: no such config file")
+        return path
+    package = Path(__file__).parent
+    # An installed wheel carries its copy in the package; a checkout has it one level up.
+    candidates = [Path("config.json"), package / "config.json", package.parent / "config.json"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ConfigError("no config.json in the current folder; name one with --config FILE")
+
+
+def load_config(
+    given: str | None = None,
+    *,
+    stages: str | None = None,
+    assignments: Iterable[str] = (),
+    no_heads: bool = False,
+) -> JupiterConfig:
+    """Read the config file and lay the command line over it.
+
+    Args:
+        given: the path of `--config`, or None to look it up.
+        stages: the text of `--stages`, such as "10,10,10"; sets split and world size.
+        assignments: texts of `--set`, each `key=value`; the value is JSON or else a string.
+        no_heads: run without Medusa heads, whatever the file says.
+
+    Raises:
+        ConfigError: naming the file, the key, and what would be right.
+    """
+    path = find_config(given)
+    values = _read_json_object(path)
+    where = str(path)
+    for text in assignments:
+        key, sep, value = text.partition("=")
+        if not sep or not key:
+            raise ConfigError(f"--set {text}: write it as key=value")
+        values[key.strip()] = _json_or_text(value.strip())
+        where = f"{path} with --set"
+    if stages is not None:
+        if not re.fullmatch(r"\d+(,\d+)*", stages):
+            raise ConfigError(f"--stages {stages}: write layer counts such as 15,15")
+        values["stage_num_hidden_layers_list"] = [int(n) for n in stages.split(",")]
+    if no_heads:
+        values["medusa_head_path"] = None
+    config = parse_config(values, where)
+    return msgspec.structs.replace(
+        config,
+        base_model_name_or_path=_beside(config.base_model_name_or_path, path),
+        medusa_head_path=config.medusa_head_path and _beside(config.medusa_head_path, path),
+    )
+
+
+def parse_config(values: Mapping[str, Any], where: str) -> JupiterConfig:
+    """Check `values` against the schema; `where` names their origin in errors."""
+    if "architectures" in values and "base_model_name_or_path" not in values:
+        raise ConfigError(
+            f"{where}: this is a model's own config.json, not Jupiter's; "
+            "name Jupiter's with --config FILE"
+        )
+    plain: dict[str, Any] = {}
+    model_keys: dict[str, Any] = {}
+    for key, value in values.items():
+        key = ALIASES.get(key, key)
+        if key == "torch_dtype" and isinstance(value, str):
+            value = value.removeprefix("torch.")
+        if key in MODEL_KEYS:
+            model_keys[key] = value
+        elif key == "fast":
+            pass  # the original's switch for batched candidate scoring; here it is always so
+        elif key == "do_sample":
+            if value is False:
+                plain["sampling"] = "greedy"
+        else:
+            plain[key] = value
+    if plain.get("do_sample") is False:
+        plain["sampling"] = "greedy"
+    known = JupiterConfig.__struct_fields__
+    for key in plain:
+        if key not in known or key == "model_keys":
+            raise ConfigError(f"{where}: unknown key '{key}'{_suggest(key, known)}")
+    try:
+        config = msgspec.convert({**plain, "model_keys": model_keys}, JupiterConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(str(error), plain)}") from None
+    for key in ("load_in_8bit", "load_in_4bit"):
+        if getattr(config, key):
+            raise ConfigError(f"{where}: key '{key}': quantization is not available yet; use false")
+    return config
+
+
+def config_json(config: JupiterConfig) -> str:
+    """The config as JSON text that `load_config` reads back to an equal config."""
+    values = msgspec.to_builtins(config)
+    values.update(values.pop("model_keys"))
+    return json.dumps(values, indent=2)
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold one JSON object")
+    return values
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _beside(name: str, config_path: Path) -> str:
+    """An existing relative path: the current folder's first, else the config file's."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path.absolute())
+    beside = config_path.parent / path
+    return str(beside.absolute()) if beside.exists() else name
+
+
+def _suggest(key: str, known: Iterable[str]) -> str:
+    import difflib  # only needed on this error path
+
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else "; see docs/config.md for the keys"
+
+
+def _explain(message: str, values: Mapping[str, Any]) -> str:
+    """Turn msgspec's error into a line that names the key, its value and what is allowed."""
+    missing = re.search(r"missing required field `(\w+)`", message)
+    if missing:
+        return f"key '{missing[1]}' is missing"
+    at = re.search(r"`\$\.(\w+)", message)
+    if not at:
+        return message
+    key = at[1]
+    problem = message.split(" - at ")[0]
+    allowed = _literals(get_type_hints(JupiterConfig, include_extras=True).get(key))
+    hint = f" (one of {', '.join(allowed)})" if allowed else ""
+    return f"key '{key}': {problem}{hint}, got {json.dumps(values.get(key))}"
+
+
+def _literals(hint: Any) -> list[str]:
+    if get_origin(hint) is Literal:
+        return [str(value) for value in get_args(hint)]
+    return [name for part in get_args(hint) for name in _literals(part)]

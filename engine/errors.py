@@ -1,0 +1,46 @@
+"""The errors a user may see, and the exit codes of every command."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `jupiter` and `jupiter-tui`; the README's table documents them."""
+
+    OK = 0
+    SOME_FAILED = 1
+    """Some batch lines failed; the others are done and written."""
+    BAD_INPUT = 2
+    """Bad usage, configuration, checkpoint or input file; nothing ran."""
+    ENGINE_FAILED = 3
+    """The engine did not start, or died while working."""
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class JupiterError(Exception):
+    """An error to show as one line, without a traceback.
+
+    The message names what is wrong (file, key or line) and what would be right.
+    """
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class ConfigError(JupiterError):
+    """A configuration file, flag or value that cannot be used."""
+
+
+class CheckpointError(JupiterError):
+    """Model or head files that are missing, damaged or of an unsupported kind."""
+
+
+class PromptError(JupiterError):
+    """A prompt that cannot be answered, such as one longer than the context."""
+
+
+class EngineError(JupiterError):
+    """The engine could not start or has stopped; the message carries rank and log lines."""
+
+    exit_code = ExitCode.ENGINE_FAILED

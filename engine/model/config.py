@@ -1,0 +1,171 @@
+"""What a checkpoint's own config.json says about the model, checked for what Jupiter supports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "MedusaLlamaForCausalLM": "llama",
+}
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary embedding variants, in transformers' terms (`rope_scaling`)."""
+
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama-family model; names are those of Hugging Face's config.json."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling
+    max_position_embeddings: int
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    attention_bias: bool
+    """q, k and v have biases (Qwen2, or a Llama that says so)."""
+    attention_out_bias: bool
+    """o_proj has a bias too (a Llama with `attention_bias`)."""
+    mlp_bias: bool
+    pad_token_id: int | None
+    bos_token_id: int | None
+    eos_token_id: tuple[int, ...]
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens a sequence may have: within one sliding window, attention is full attention."""
+        return min(
+            self.max_position_embeddings, self.sliding_window or self.max_position_embeddings
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ModelConfig:
+        """Read `folder/config.json`.
+
+        Raises:
+            CheckpointError: the file is missing or not JSON, a key is missing, or the
+                architecture or a feature is one Jupiter does not support; it is named.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: missing; a model folder needs a config.json") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: must hold one JSON object")
+        return cls.from_dict(values, str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> ModelConfig:
+        """Build from the keys of a Hugging Face config.json; `where` names it in errors."""
+        architecture = (values.get("architectures") or [None])[0]
+        if architecture not in ARCHITECTURES:
+            raise CheckpointError(
+                f"{where}: architecture {architecture!r} is not supported; "
+                f"supported: {', '.join(ARCHITECTURES)}"
+            )
+        model_type = ARCHITECTURES[architecture]
+        _refuse_features(values, where)
+        try:
+            return cls(**_fields(values, model_type, where))
+        except KeyError as error:
+            raise CheckpointError(f"{where}: key {error} is missing") from None
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: {error}") from None
+
+
+def _fields(values: dict[str, Any], model_type: str, where: str) -> dict[str, Any]:
+    heads = int(values["num_attention_heads"])
+    hidden = int(values["hidden_size"])
+    # transformers 5 writes rope_parameters {rope_type, rope_theta, ...}; older ones two keys.
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    theta = values.get("rope_theta", rope.get("rope_theta", 10000.0))
+    bias = model_type == "qwen2" or bool(values.get("attention_bias", False))
+    kv_heads = int(values.get("num_key_value_heads") or heads)
+    head_dim = int(values.get("head_dim") or hidden // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise ValueError(f"{heads} heads over {kv_heads} KV heads of width {head_dim} do not fit")
+    uses_window = values.get("use_sliding_window", model_type == "mistral")
+    eos = values.get("eos_token_id")
+    return {
+        "model_type": model_type,
+        "vocab_size": int(values["vocab_size"]),
+        "hidden_size": hidden,
+        "intermediate_size": int(values["intermediate_size"]),
+        "num_hidden_layers": int(values["num_hidden_layers"]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": float(values.get("rms_norm_eps", 1e-6)),
+        "rope_theta": float(theta),
+        "rope_scaling": _rope_scaling(rope, where),
+        "max_position_embeddings": int(values.get("max_position_embeddings", 2048)),
+        "sliding_window": values.get("sliding_window") if uses_window else None,
+        # transformers' defaults where the file is silent: false for all three families.
+        "tie_word_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "attention_bias": bias,
+        "attention_out_bias": bias and model_type != "qwen2",
+        "mlp_bias": bool(values.get("mlp_bias", False)),
+        "pad_token_id": values.get("pad_token_id"),
+        "bos_token_id": values.get("bos_token_id"),
+        "eos_token_id": tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+    }
+
+
+def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise CheckpointError(
+            f"{where}: rope_scaling type {kind!r} is not supported; "
+            f"supported: {', '.join(ROPE_TYPES)}"
+        )
+    if kind == "default":
+        return RopeScaling()
+    if kind == "linear":
+        return RopeScaling("linear", factor=float(rope["factor"]))
+    return RopeScaling(
+        "llama3",
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    )
+
+
+def _refuse_features(values: dict[str, Any], where: str) -> None:
+    """Refuse by name what would make the output silently wrong."""
+    act = values.get("hidden_act", "silu")
+    if act != "silu":
+        raise CheckpointError(f"{where}: hidden_act {act!r} is not supported; only 'silu'")
+    if values.get("quantization_config"):
+        raise CheckpointError(
+            f"{where}: quantization_config: ready-quantized weights are not supported; "
+            "use the float checkpoint"
+        )

@@ -1,0 +1,236 @@
+"""What travels on the shared queue: commands to the workers, events from them.
+
+Every message is one msgpack frame of an `Envelope`. Text in, text out: no tensor and no pickle
+ever crosses these sockets. A frame that does not decode is dropped, counted and reported.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+FinishReason = Literal["stop", "length", "cancelled"]
+StagePhase = Literal["starting", "connecting", "loading", "ready", "stopped"]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One chat message, in OpenAI's shape."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A request's own parameters; None leaves the choice to the config."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+# --- commands: client -> workers ---------------------------------------------------------------
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer `messages` (through the chat template) or continue `prompt` (as it is).
+
+    Exactly one of the two is given. `request_id` is unique within a launch.
+    """
+
+    request_id: str
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    params: SamplingParams = SamplingParams()
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Stop a request within one step; its partial text stands, it ends with `Finished`."""
+
+    request_id: str
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """Sent about once a second: proves to a worker that it is subscribed."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Finish nothing more and exit with code 0."""
+
+
+Command = Generate | Cancel | Heartbeat | Shutdown
+
+
+# --- events: workers -> client -----------------------------------------------------------------
+
+
+class StageState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Where a stage is in its start. `done` of `total` counts tensors while loading."""
+
+    phase: StagePhase
+    first_layer: int = 0
+    num_layers: int = 0
+    done: int = 0
+    total: int = 0
+    pid: int = 0
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From rank 0, once a message has gone round all stages: requests may be sent."""
+
+    model: str
+    """Short name of the model, for people."""
+    stages: tuple[int, ...]
+    """Layers per stage."""
+    device: str
+    """Device of rank 0, such as "cpu" or "cuda:0"."""
+    dtype: str
+    medusa_num_heads: int
+    tree_size: int
+    """Nodes of the draft tree, root included; 1 means no speculation."""
+    context_length: int
+    """Tokens that prompt and answer may have together."""
+    has_chat_template: bool
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A request was admitted and its prefill begins."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose KV rows were still there; only the others are prefilled."""
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Newly accepted tokens and the text they add; text may be empty inside a character."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+
+
+class Metrics(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured figures of one request; None where nothing could be measured."""
+
+    ttft_s: float | None = None
+    """From the arrival of the request at rank 0 to its first token, in seconds."""
+    tokens_per_s: float | None = None
+    """Tokens of the decode steps over their time."""
+    decode_steps: int = 0
+    mean_accepted_len: float | None = None
+    """Tokens that decode steps emitted / decode steps; 1.0 without heads."""
+    proposed_per_head: tuple[int, ...] = ()
+    """Steps whose tree reached this head's depth."""
+    accepted_per_head: tuple[int, ...] = ()
+    """Steps whose accepted path reached this head's depth."""
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A request ended; always the last event about it (or `Failed` is)."""
+
+    request_id: str
+    finish_reason: FinishReason
+    context_full: bool
+    """With "length": the context was full, rather than a limit of the request reached."""
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    metrics: Metrics
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A request that cannot be answered; the engine goes on."""
+
+    request_id: str
+    message: str
+    code: Literal["prompt_too_long", "invalid_request", "internal_error"]
+
+
+class StageTelemetry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Figures of one stage since it was ready; latest wins."""
+
+    layers: int
+    memory_bytes: int
+    memory_kind: Literal["process", "device"]
+    """Resident memory of the process on CPU, memory allocated on the device on CUDA."""
+    busy_s: float
+    """Seconds spent computing."""
+    wait_s: float
+    """Seconds spent waiting for a neighbour."""
+    steps: int
+
+
+class Notice(msgspec.Struct, frozen=True, tag=True):
+    """Something a person should know; nothing has failed."""
+
+    message: str
+
+
+class WorkerError(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The worker's last words: it exits with `exit_code` after this."""
+
+    message: str
+    exit_code: int
+
+
+Event = (
+    StageState
+    | EngineReady
+    | Started
+    | Tokens
+    | Finished
+    | Failed
+    | StageTelemetry
+    | Notice
+    | WorkerError
+)
+
+
+class CommandEnvelope(msgspec.Struct, frozen=True, array_like=True):
+    """A command with the protocol's version and the launch it is meant for."""
+
+    version: int
+    epoch: int
+    body: Command
+
+
+class EventEnvelope(msgspec.Struct, frozen=True, array_like=True):
+    """An event with the protocol's version, its launch and the rank that sent it."""
+
+    version: int
+    epoch: int
+    rank: int
+    body: Event
+
+
+_encoder = msgspec.msgpack.Encoder()
+_command_decoder = msgspec.msgpack.Decoder(CommandEnvelope)
+_event_decoder = msgspec.msgpack.Decoder(EventEnvelope)
+
+
+def encode(envelope: CommandEnvelope | EventEnvelope) -> bytes:
+    """The frame of an envelope."""
+    return _encoder.encode(envelope)
+
+
+def decode_command(frame: bytes) -> CommandEnvelope | None:
+    """The envelope in `frame`, or None when it is malformed or of another version."""
+    return _decode(_command_decoder, frame)
+
+
+def decode_event(frame: bytes) -> EventEnvelope | None:
+    """The envelope in `frame`, or None when it is malformed or of another version."""
+    return _decode(_event_decoder, frame)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder, frame: bytes):  # type: ignore[no-untyped-def]
+    try:
+        envelope = decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    return envelope if envelope.version == PROTOCOL_VERSION else None

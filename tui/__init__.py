@@ -1,0 +1,1 @@
+"""The terminal workbench: everything that a person sees."""

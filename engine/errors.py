@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Literal
 
 
 class ExitCode(IntEnum):
@@ -37,10 +38,22 @@ class CheckpointError(JupiterError):
 
 
 class PromptError(JupiterError):
-    """A prompt that cannot be answered, such as one longer than the context."""
+    """A prompt that cannot be answered, such as one that the chat template refuses."""
+
+    code: Literal["prompt_too_long", "invalid_request"] = "invalid_request"
+
+
+class PromptTooLongError(PromptError):
+    """A prompt that leaves no room for an answer in the context."""
+
+    code = "prompt_too_long"
 
 
 class EngineError(JupiterError):
     """The engine could not start or has stopped; the message carries rank and log lines."""
 
     exit_code = ExitCode.ENGINE_FAILED
+
+
+class StageLostError(EngineError):
+    """A neighbouring stage is gone: the cause is to be found there, not here."""

@@ -163,6 +163,9 @@ class StageTelemetry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     wait_s: float
     """Seconds spent waiting for a neighbour."""
     steps: int
+    """Micro-batches computed."""
+    rows: int
+    """Rows of them: every prefilled token and every tree node counts one."""
 
 
 class Notice(msgspec.Struct, frozen=True, tag=True):
@@ -220,17 +223,17 @@ def encode(envelope: CommandEnvelope | EventEnvelope) -> bytes:
 
 def decode_command(frame: bytes) -> CommandEnvelope | None:
     """The envelope in `frame`, or None when it is malformed or of another version."""
-    return _decode(_command_decoder, frame)
+    try:
+        envelope = _command_decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    return envelope if envelope.version == PROTOCOL_VERSION else None
 
 
 def decode_event(frame: bytes) -> EventEnvelope | None:
     """The envelope in `frame`, or None when it is malformed or of another version."""
-    return _decode(_event_decoder, frame)
-
-
-def _decode(decoder: msgspec.msgpack.Decoder, frame: bytes):  # type: ignore[no-untyped-def]
     try:
-        envelope = decoder.decode(frame)
+        envelope = _event_decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError):
         return None
     return envelope if envelope.version == PROTOCOL_VERSION else None

@@ -1,0 +1,126 @@
+"""Llama with Medusa heads (Cai et al. 2024), whole or one stage of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.model.config import ModelConfig
+from engine.model.llama import LlamaDecoderLayer, LlamaModel, Rows
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """How many Medusa heads there are and what they are made of."""
+
+    num_heads: int
+    num_layers: int = 1
+    """ResBlocks per head."""
+    vocab_size: int | None = None
+    """Rows of each head's own output layer; None when the heads share `lm_head`."""
+    token_map: tuple[int, ...] | None = None
+    """Token id of each output row, where the heads draft from a part of the vocabulary."""
+
+
+NO_HEADS = HeadShape(0)
+
+
+class ResBlock(nn.Module):
+    """x + SiLU(linear(x)); a new one is the identity, because `linear` starts at zero."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same."""
+        return x + self.act(self.linear(x))
+
+
+class MedusaLlamaForCausalLM(nn.Module):
+    """A stage: its own layers only, the embedding if first; norm, lm_head and heads if last.
+
+    With the default arguments it is the whole model. Module tree and parameter names are those
+    of the merged checkpoint, so a state dict loads by key on every stage.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        heads: HeadShape = NO_HEADS,
+        *,
+        layers: range | None = None,
+        first: bool = True,
+        last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.heads = heads
+        layers = range(config.num_hidden_layers) if layers is None else layers
+        self.model = LlamaModel(config, layers, first=first, last=last)
+        if not last:
+            return
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if first and config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if heads.num_heads:
+            self.medusa_head = nn.ModuleList(self._head() for _ in range(heads.num_heads))
+
+    def _head(self) -> nn.Sequential:
+        width = self.config.hidden_size
+        modules: list[nn.Module] = [ResBlock(width) for _ in range(self.heads.num_layers)]
+        if self.heads.vocab_size is not None:
+            modules.append(nn.Linear(width, self.heads.vocab_size, bias=False))
+        return nn.Sequential(*modules)
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """Token ids int64 [rows] or hidden states -> hidden states [rows, hidden_size].
+
+        On the last stage they are normed, ready for `lm_head` and the heads.
+        """
+        x = self.model(x, rows)
+        return self.model.norm(x) if hasattr(self.model, "norm") else x
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Medusa logits [num_heads, n, rows of the heads' vocabulary] of normed [n, hidden]."""
+        outputs = [head(hidden) for head in self.medusa_head]
+        if self.heads.vocab_size is None:
+            outputs = list(self.lm_head(torch.cat(outputs)).split(len(hidden)))
+        return torch.stack(outputs)
+
+    def draft(self, hidden: Tensor, k: int) -> Tensor:
+        """The k likeliest tokens of each head, int64 [n, num_heads, k], likeliest first."""
+        best = self.head_logits(hidden).topk(k, dim=-1).indices
+        if self.heads.token_map is not None:
+            best = torch.tensor(self.heads.token_map, device=best.device)[best]
+        return best.transpose(0, 1)
+
+
+def fuse_projections(model: MedusaLlamaForCausalLM) -> None:
+    """Join q, k, v and gate, up of every layer into one product each, in place.
+
+    A transformation for inference, done after loading; the state dict loses its original names.
+    """
+    for layer in model.model.layers:
+        assert isinstance(layer, LlamaDecoderLayer)
+        attention, mlp = layer.self_attn, layer.mlp
+        attention.qkv_proj = _join(attention, "q_proj", "k_proj", "v_proj")
+        mlp.gate_up_proj = _join(mlp, "gate_proj", "up_proj")
+
+
+def _join(owner: nn.Module, *names: str) -> nn.Linear:
+    parts = [getattr(owner, name) for name in names]
+    joined = nn.Linear(1, 1, bias=parts[0].bias is not None, device="meta")
+    joined.in_features = parts[0].in_features
+    joined.out_features = sum(part.out_features for part in parts)
+    joined.weight = nn.Parameter(torch.cat([p.weight.data for p in parts]), requires_grad=False)
+    if parts[0].bias is not None:
+        joined.bias = nn.Parameter(torch.cat([p.bias.data for p in parts]), requires_grad=False)
+    for name in names:
+        delattr(owner, name)
+    return joined

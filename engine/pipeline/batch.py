@@ -1,0 +1,187 @@
+"""What flows through the stages: micro-batches one way, results back.
+
+A micro-batch is ragged rows of any number of sequences. Stages keep no state of a sequence but
+its KV rows: each entry says where its rows start, so a slot is reused by simply starting at 0,
+and a cancelled sequence by never coming again.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from engine.decoding.accept import AcceptRule
+from engine.decoding.tree import depths_of
+from engine.model.kv_cache import KVCache
+from engine.model.llama import Rows, Segment
+
+
+class Judge(IntEnum):
+    """Which rows of an entry the last stage turns into a result."""
+
+    NONE = 0
+    """A prefill chunk that is not the last."""
+    LAST = 1
+    """The last prefill chunk: what follows its last token."""
+    TREE = 2
+    """A decode step: every node of the tree."""
+
+
+@dataclass
+class Entry:
+    """Some rows of one sequence."""
+
+    slot: int
+    """Which KV cache of every stage is the sequence's."""
+    start: int
+    """KV rows before these; the first token's position."""
+    tokens: list[int]
+    parents: list[int]
+    """Index of each token's parent among `tokens`, -1 for one that follows the cache's end."""
+    judge: Judge
+    keep: list[int] = field(default_factory=list)
+    """KV rows of the step before that were accepted, to be moved before this step."""
+    keep_to: int = 0
+    """Where the first of them goes."""
+    draft_width: int = 0
+    """Candidates wanted of each Medusa head."""
+    rule: AcceptRule = field(default_factory=AcceptRule)
+
+
+@dataclass
+class Result:
+    """What the last stage makes of one judged entry."""
+
+    path: list[int]
+    """Accepted nodes, root first."""
+    next_token: int
+    candidates: list[list[int]]
+    """Per head its likeliest tokens, for the next step's tree."""
+
+
+_ENTRY = struct.Struct("<9q5d")
+
+
+def encode_batch(entries: Sequence[Entry]) -> list[int]:
+    """The entries as int64 numbers; floats travel as their bit patterns."""
+    numbers = [len(entries)]
+    for e in entries:
+        r = e.rule
+        head = _ENTRY.pack(
+            *(e.slot, e.start, len(e.tokens), len(e.keep), e.keep_to, e.judge, e.draft_width),
+            *(r.rule, r.seed),
+            *(r.temperature, r.top_p, r.posterior_threshold, r.posterior_alpha, 0.0),
+        )
+        numbers += struct.unpack("<14q", head)
+        numbers += e.tokens
+        numbers += e.parents
+        numbers += e.keep
+    return numbers
+
+
+def decode_batch(numbers: Sequence[int]) -> list[Entry]:
+    """The inverse of `encode_batch`."""
+    take = _Reader(numbers)
+    entries = []
+    for _ in range(take.one()):
+        fields = _ENTRY.unpack(struct.pack("<14q", *take.many(14)))
+        slot, start, n, kept, keep_to, judge, width, rule, seed, *floats = fields
+        temperature, top_p, threshold, alpha, _ = floats
+        entries.append(
+            Entry(
+                slot=slot,
+                start=start,
+                tokens=take.many(n),
+                parents=take.many(n),
+                keep=take.many(kept),
+                keep_to=keep_to,
+                judge=Judge(judge),
+                draft_width=width,
+                rule=AcceptRule(rule, temperature, top_p, threshold, alpha, seed),
+            )
+        )
+    return entries
+
+
+def encode_results(results: Sequence[Result]) -> list[int]:
+    """Results as int64 numbers."""
+    numbers = [len(results)]
+    for r in results:
+        width = len(r.candidates[0]) if r.candidates else 0
+        numbers += [len(r.path), r.next_token, len(r.candidates), width, *r.path]
+        for tokens in r.candidates:
+            numbers += tokens
+    return numbers
+
+
+def decode_results(numbers: Sequence[int]) -> list[Result]:
+    """The inverse of `encode_results`."""
+    take = _Reader(numbers)
+    results = []
+    for _ in range(take.one()):
+        length, token, heads, width = take.many(4)
+        path = take.many(length)
+        results.append(Result(path, token, [take.many(width) for _ in range(heads)]))
+    return results
+
+
+class _Reader:
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers, self.at = numbers, 0
+
+    def one(self) -> int:
+        return self.many(1)[0]
+
+    def many(self, n: int) -> list[int]:
+        self.at += n
+        return list(self.numbers[self.at - n : self.at])
+
+
+def row_slices(entries: Sequence[Entry]) -> Iterator[slice]:
+    """Where each entry's rows lie in the micro-batch."""
+    at = 0
+    for entry in entries:
+        yield slice(at, at + len(entry.tokens))
+        at += len(entry.tokens)
+
+
+def attention_rows(
+    entries: Sequence[Entry],
+    caches: Mapping[int, KVCache],
+    *,
+    groups: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Rows:
+    """Positions and masks of a micro-batch, the same for every layer.
+
+    `groups` is the number of query heads that share a KV head (see Segment.mask).
+    """
+    positions: list[int] = []
+    segments = []
+    for entry, rows in zip(entries, row_slices(entries), strict=True):
+        positions += [entry.start + depth for depth in depths_of(entry.parents)]
+        mask = None
+        if len(entry.tokens) > 1:
+            seen = _ancestors(tuple(entry.parents), dtype).to(device)
+            mask = torch.nn.functional.pad(seen, (entry.start, 0)).repeat(groups, 1)
+        segments.append(Segment(rows, caches[entry.slot], entry.start, mask))
+    return Rows(torch.tensor(positions, device=device), segments)
+
+
+@lru_cache(maxsize=64)
+def _ancestors(parents: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Additive mask [n, n]: 0 where the column is the row itself or one of its ancestors."""
+    n = len(parents)
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            seen[node] = seen[parent]
+        seen[node, node] = True
+    return torch.zeros(n, n, dtype=dtype).masked_fill_(~seen, float("-inf"))

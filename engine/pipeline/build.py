@@ -1,0 +1,142 @@
+"""From a config to a stage with its weights: what every rank does before it joins the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.heads import HeadSpec, inspect_heads
+from engine.checkpoint.load import load_weights
+from engine.checkpoint.preflight import preflight
+from engine.checkpoint.sources import local_folder
+from engine.config import JupiterConfig
+from engine.decoding.tree import Tree, choose_tree
+from engine.errors import ConfigError
+from engine.model.config import ModelConfig
+from engine.model.medusa import NO_HEADS, HeadShape, MedusaLlamaForCausalLM, fuse_projections
+from engine.pipeline.batch import Entry, Judge
+from engine.pipeline.stage import Stage
+
+
+@dataclass
+class Plan:
+    """What all ranks agree on, read from the config and the checkpoint alone."""
+
+    config: JupiterConfig
+    folder: Path
+    model: ModelConfig
+    heads: HeadShape
+    heads_path: Path | None
+    tree: Tree
+    context_length: int
+    dtype: torch.dtype
+
+    def layers(self, rank: int) -> range:
+        """The decoder layers of a stage, by their numbers in the whole model."""
+        counts = self.config.stage_num_hidden_layers_list
+        first = sum(counts[:rank])
+        return range(first, first + counts[rank])
+
+
+def make_plan(config: JupiterConfig, folder: Path) -> Plan:
+    """Check the config against the checkpoint in `folder` and read the heads' shape.
+
+    Raises ConfigError or CheckpointError.
+    """
+    model = preflight(config, folder)
+    heads_path = _heads_path(config, folder)
+    heads = NO_HEADS if heads_path is None else _head_shape(inspect_heads(heads_path), config)
+    return Plan(
+        config=config,
+        folder=folder,
+        model=model,
+        heads=heads,
+        heads_path=heads_path,
+        tree=choose_tree(config.medusa_choices, heads.num_heads),
+        context_length=min(config.max_kv_cache_length, model.context_limit),
+        dtype=getattr(torch, config.torch_dtype),
+    )
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device of a rank: its local rank modulo the device count on CUDA.
+
+    Raises ConfigError where the config asks for CUDA and torch sees none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"key 'device': '{name}', but torch sees no GPU; use \"cpu\" or \"auto\"")
+    if ":" in name:
+        return torch.device(name)
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def build_stage(
+    plan: Plan, rank: int, device: torch.device, progress: Callable[[int, int], None]
+) -> Stage:
+    """The stage of `rank` with its own tensors only, on its device and warmed up.
+
+    `progress` is called with the number of tensors loaded and their total.
+    """
+    world = plan.config.world_size
+    first, last = rank == 0, rank == world - 1
+    with torch.device("meta"):
+        model = MedusaLlamaForCausalLM(
+            plan.model, plan.heads, layers=plan.layers(rank), first=first, last=last
+        )
+    load_weights(
+        model,
+        plan.folder,
+        plan.heads_path if last else None,
+        dtype=plan.dtype,
+        device=device,
+        progress=progress,
+    )
+    model.eval().requires_grad_(False)
+    fuse_projections(model)
+    stage = Stage(
+        model,
+        first=first,
+        last=last,
+        context_length=plan.context_length,
+        dtype=plan.dtype,
+        device=device,
+    )
+    _warm_up(stage, plan.model.hidden_size)
+    return stage
+
+
+def _heads_path(config: JupiterConfig, folder: Path) -> Path | None:
+    if config.medusa_head_path is None or config.medusa_num_heads == 0:
+        return None
+    return local_folder(config.medusa_head_path)
+
+
+def _head_shape(spec: HeadSpec, config: JupiterConfig) -> HeadShape:
+    count = spec.num_heads
+    if config.medusa_num_heads is not None:
+        count = min(count, config.medusa_num_heads)
+    return HeadShape(
+        num_heads=count,
+        num_layers=spec.num_layers,
+        vocab_size=None if spec.shared_lm_head else spec.vocab_size,
+        token_map=spec.token_map,
+    )
+
+
+def _warm_up(stage: Stage, hidden_size: int) -> None:
+    """One step, so that the first request does not pay for what torch sets up on first use."""
+    entry = Entry(0, 0, tokens=[0, 0], parents=[-1, 0], judge=Judge.LAST)
+    hidden = None
+    if not stage.first:
+        hidden = torch.zeros(2, hidden_size, dtype=stage.dtype, device=stage.device)
+    out = stage.run([entry], hidden)
+    if stage.last:
+        stage.judge([entry], out)
+    stage.busy_s, stage.steps, stage.rows = 0.0, 0, 0

@@ -1,0 +1,90 @@
+"""Joining the process group, over a file on one machine or an init_method given by hand."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+
+from engine.config import JupiterConfig
+from engine.errors import ConfigError, EngineError
+
+# How long a stage waits for the others to load; a dead one is noticed by its parent, not here.
+PATIENCE = timedelta(days=1)
+
+
+def group_timeout(config: JupiterConfig) -> timedelta:
+    """After this long without a message a receive fails."""
+    return timedelta(minutes=config.distributed_timeout_minutes)
+
+
+def tick_seconds(config: JupiterConfig) -> float:
+    """How often an idle rank 0 sends a tick round, so that no receive reaches the timeout."""
+    return min(5.0, group_timeout(config).total_seconds() / 4)
+
+
+def choose_backend(config: JupiterConfig, device: torch.device) -> str:
+    """NCCL only where every rank has a GPU of its own, else gloo with copies through the host."""
+    if config.distributed_backend == "gloo":
+        return "gloo"
+    if device.type != "cuda":
+        raise ConfigError("key 'distributed_backend': 'nccl' needs GPUs; use \"gloo\"")
+    return "nccl" if torch.cuda.device_count() >= config.world_size else "gloo"
+
+
+def join_by_file(
+    store_path: Path, rank: int, world: int, backend: str, config: JupiterConfig
+) -> None:
+    """Join over a FileStore, once all ranks have loaded; nothing listens beyond loopback."""
+    store = dist.FileStore(  # type: ignore[attr-defined]
+        str(store_path), world
+    )
+    store.set(f"ready/{rank}", "1")
+    store.wait([f"ready/{r}" for r in range(world)], PATIENCE)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=group_timeout(config)
+    )
+
+
+def join_by_address(rank: int, world: int, backend: str, config: JupiterConfig) -> None:
+    """Join over the config's init_method, as stages started by hand do.
+
+    Raises:
+        ConfigError: rank 0 finds the port in use.
+        EngineError: the others did not come within the group's timeout.
+    """
+    method = config.init_method
+    parts = urlsplit(method)
+    if parts.scheme == "tcp":
+        host = parts.hostname or "127.0.0.1"
+        if host in ("127.0.0.1", "localhost", "::1"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if rank == 0:
+            _require_free_port(host, parts.port or 0, method)
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=method,
+            rank=rank,
+            world_size=world,
+            timeout=group_timeout(config),
+        )
+    except (RuntimeError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        raise EngineError(f"rank {rank}: could not join over {method}: {line}") from None
+
+
+def _require_free_port(host: str, port: int, method: str) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"key 'init_method': {method}: cannot listen there: {error.strerror}; "
+            "choose another port"
+        ) from None

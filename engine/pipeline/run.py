@@ -1,0 +1,167 @@
+"""A rank's whole working life, once its stage is built: the scheduler on rank 0, else the loop."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from engine.checkpoint.tokenizer import ensure_tokenizer
+from engine.errors import StageLostError
+from engine.pipeline.build import Plan
+from engine.pipeline.group import tick_seconds
+from engine.pipeline.link import Kind, Link
+from engine.pipeline.scheduler import Arrived, LinkDown, Scheduler
+from engine.pipeline.stage import Stage, serve
+from engine.protocol import EngineReady, Event, StageTelemetry
+from engine.text import TextCodec
+
+TELEMETRY_S = 0.5
+
+
+def run_rank(
+    plan: Plan,
+    stage: Stage,
+    rank: int,
+    *,
+    inbox: queue.SimpleQueue[Any],
+    emit: Callable[[Event], None],
+) -> None:
+    """Serve as `rank` until told to stop; the process group, if any, is joined already.
+
+    `inbox` brings commands to rank 0; `emit` takes events of every rank.
+    Raises StageLostError when a neighbour is gone.
+    """
+    world = plan.config.world_size
+    telemetry = _Telemetry(stage, len(plan.layers(rank)), emit)
+    link = None
+    if world > 1:
+        link = Link(
+            hidden_size=plan.model.hidden_size,
+            dtype=plan.dtype,
+            device=stage.device,
+            nccl=dist.get_backend() == "nccl",
+        )
+    try:
+        if rank > 0:
+            assert link is not None
+            serve(stage, link, rank, world, on_step=telemetry.send)
+            return
+        _run_first(plan, stage, link, inbox, emit, telemetry)
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        raise StageLostError(f"rank {rank} lost a neighbour: {_first_line(error)}") from error
+
+
+def _run_first(
+    plan: Plan,
+    stage: Stage,
+    link: Link | None,
+    inbox: queue.SimpleQueue[Any],
+    emit: Callable[[Event], None],
+    telemetry: _Telemetry,
+) -> None:
+    codec = load_codec(plan)
+    if link is not None:
+        link.send(1, Kind.TICK)
+        link.receive(plan.config.world_size - 1)
+        threading.Thread(
+            target=_receive_results,
+            args=(link, plan.config.world_size - 1, inbox),
+            name="jupiter-results",
+            daemon=True,
+        ).start()
+    scheduler = Scheduler(
+        stage,
+        link,
+        codec,
+        plan.config,
+        plan.tree,
+        context_length=plan.context_length,
+        inbox=inbox,
+        emit=emit,
+        tick_s=tick_seconds(plan.config),
+        on_step=telemetry.send,
+    )
+    emit(_ready(plan, stage, codec))
+    telemetry.send()
+    scheduler.run()
+
+
+def load_codec(plan: Plan) -> TextCodec:
+    """The tokenizer and chat template of the plan's model."""
+    return TextCodec(plan.folder, ensure_tokenizer(plan.folder), plan.model.eos_token_id)
+
+
+def _ready(plan: Plan, stage: Stage, codec: TextCodec) -> EngineReady:
+    return EngineReady(
+        model=model_name(plan.config.base_model_name_or_path),
+        stages=tuple(plan.config.stage_num_hidden_layers_list),
+        device=str(stage.device),
+        dtype=plan.config.torch_dtype,
+        medusa_num_heads=plan.heads.num_heads,
+        tree_size=plan.tree.size,
+        context_length=plan.context_length,
+        has_chat_template=codec.has_chat_template,
+    )
+
+
+def model_name(source: str) -> str:
+    """A short name for people: the last part of a path or hub id, without a package's version."""
+    return source.removeprefix("pypi:").split("==")[0].rstrip("/").rsplit("/", 1)[-1]
+
+
+def _receive_results(link: Link, last: int, inbox: queue.SimpleQueue[Any]) -> None:
+    kind = Kind.TICK
+    while kind is not Kind.STOP:
+        try:
+            kind, numbers, _ = link.receive(last)
+        except RuntimeError as error:
+            inbox.put(LinkDown(_first_line(error)))
+            return
+        inbox.put(Arrived(kind, numbers))
+
+
+class _Telemetry:
+    """Sends the stage's own figures, at most every TELEMETRY_S seconds."""
+
+    def __init__(self, stage: Stage, layers: int, emit: Callable[[Event], None]) -> None:
+        self.stage, self.layers, self.emit = stage, layers, emit
+        self.process = psutil.Process()
+        self.sent = 0.0
+
+    def send(self) -> None:
+        now = time.monotonic()
+        if now - self.sent < TELEMETRY_S:
+            return
+        self.sent = now
+        on_gpu = self.stage.device.type == "cuda"
+        self.emit(
+            StageTelemetry(
+                layers=self.layers,
+                memory_bytes=torch.cuda.memory_allocated(self.stage.device)
+                if on_gpu
+                else self.process.memory_info().rss,
+                memory_kind="device" if on_gpu else "process",
+                busy_s=self.stage.busy_s,
+                wait_s=self.stage.wait_s,
+                steps=self.stage.steps,
+                rows=self.stage.rows,
+            )
+        )
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return any(word in text for word in ("gloo", "connection", "timed out", "nccl", "socket"))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

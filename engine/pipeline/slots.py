@@ -1,0 +1,96 @@
+"""Who holds which KV cache: slots are kept after an answer, so the next turn finds its prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.errors import PromptError, PromptTooLongError
+from engine.text import TextCodec
+
+
+@dataclass
+class Slot:
+    """A KV cache of every stage, and what its rows stand for."""
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    """The sequence as far as it went; its last token may have no row yet."""
+    rows: int = 0
+    """KV rows of these tokens that are there, once `keep` is carried out."""
+    text: str = ""
+    """Exactly the text of `tokens`, or empty where that cannot be said; see `encode_on`."""
+    keep: list[int] = field(default_factory=list)
+    keep_to: int = 0
+    busy: bool = False
+    used: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A slot taken for a prompt."""
+
+    slot: Slot
+    tokens: list[int]
+    """The prompt's tokens."""
+    cached: int
+    """How many of them have their rows in the slot already."""
+
+
+class SlotTable:
+    """All slots, and the choice of one for a new prompt."""
+
+    def __init__(self, count: int) -> None:
+        self.slots = [Slot(i) for i in range(count)]
+        self._clock = 0
+
+    def any_free(self) -> bool:
+        """Whether `acquire` would find one."""
+        return any(not slot.busy for slot in self.slots)
+
+    def acquire(self, text: str, codec: TextCodec, *, chat: bool, limit: int) -> Place:
+        """Take the free slot that shares the longest beginning with the prompt.
+
+        At most all tokens but the last count as cached: its row must run to give the answer's
+        first token. Raises PromptError when the prompt has `limit` tokens or more.
+        """
+        plain = codec.encode(text, add_special_tokens=not chat)
+        found = []
+        for slot in self.slots:
+            if slot.busy:
+                continue
+            tokens = (encode_on(slot, text, codec) if chat else None) or plain
+            shared = min(shared_prefix(slot.tokens, tokens), slot.rows, len(tokens) - 1)
+            found.append((shared, -slot.used, slot, tokens))
+        shared, _, slot, tokens = max(found, key=lambda entry: entry[:2])
+        if not tokens:
+            raise PromptError("the prompt is empty")
+        if len(tokens) >= limit:
+            raise PromptTooLongError(
+                f"the prompt has {len(tokens)} tokens; with room for an answer at most "
+                f"{limit - 1} fit the context (max_kv_cache_length and the model's own limit)"
+            )
+        self._clock += 1
+        slot.busy, slot.used = True, self._clock
+        return Place(slot, tokens, shared)
+
+
+def encode_on(slot: Slot, text: str, codec: TextCodec) -> list[int] | None:
+    """Tokens of a prompt that goes on from the slot's text, beginning with the slot's own.
+
+    A model may write text in other tokens than the tokenizer would; encoding only what is new
+    keeps every row that is there. None when the prompt does not go on from the slot.
+    """
+    if not slot.text or not text.startswith(slot.text):
+        return None
+    return slot.tokens + codec.encode(text[len(slot.text) :], add_special_tokens=False)
+
+
+def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count

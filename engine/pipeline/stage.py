@@ -1,0 +1,149 @@
+"""One stage at work: its layers, its KV caches, and on the last stage the judging of results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.decoding.accept import accept
+from engine.decoding.tree import MAX_NODES
+from engine.model.kv_cache import KVCache
+from engine.model.medusa import MedusaLlamaForCausalLM
+from engine.pipeline.batch import (
+    Entry,
+    Judge,
+    Result,
+    attention_rows,
+    decode_batch,
+    encode_results,
+    row_slices,
+)
+from engine.pipeline.link import Kind, Link
+
+
+class Stage:
+    """The modules and KV caches of one rank."""
+
+    def __init__(
+        self,
+        model: MedusaLlamaForCausalLM,
+        *,
+        first: bool,
+        last: bool,
+        context_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.first, self.last = first, last
+        self.dtype, self.device = dtype, device
+        self.capacity = context_length + MAX_NODES
+        self.caches: dict[int, KVCache] = {}
+        self.busy_s = 0.0
+        self.wait_s = 0.0
+        self.steps = 0
+        self.rows = 0
+
+    @torch.inference_mode()
+    def run(self, entries: Sequence[Entry], hidden: Tensor | None) -> Tensor:
+        """Pass a micro-batch through this stage's layers.
+
+        `hidden` is [rows, hidden_size] from the stage before (None on the first, which starts
+        from the entries' tokens); returns the hidden states of the same rows.
+        """
+        began = time.perf_counter()
+        config = self.model.config
+        for entry in entries:
+            cache = self._cache(entry.slot)
+            cache.move(entry.keep, entry.keep_to)
+        rows = attention_rows(
+            entries,
+            self.caches,
+            groups=config.num_attention_heads // config.num_key_value_heads,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        if hidden is None:
+            hidden = torch.tensor([t for e in entries for t in e.tokens], device=self.device)
+        out = self.model(hidden, rows)
+        self.steps += 1
+        self.rows += len(out)
+        self.busy_s += time.perf_counter() - began
+        return out
+
+    @torch.inference_mode()
+    def judge(self, entries: Sequence[Entry], hidden: Tensor) -> list[Result]:
+        """Results of the entries that want one, in order; only on the last stage.
+
+        `hidden` is what `run` returned: normed, [rows, hidden_size].
+        """
+        began = time.perf_counter()
+        judged: list[Entry] = []
+        picked: list[Tensor] = []
+        for entry, rows in zip(entries, row_slices(entries), strict=True):
+            if entry.judge is Judge.NONE:
+                continue
+            judged.append(entry)
+            picked.append(hidden[rows] if entry.judge is Judge.TREE else hidden[rows][-1:])
+        if not judged:
+            return []
+        logits = self.model.lm_head(torch.cat(picked)).float().split([len(p) for p in picked])
+        results = [_result(e, scores) for e, scores in zip(judged, logits, strict=True)]
+        width = max(entry.draft_width for entry in judged)
+        if width:
+            ends = [p[r.path[-1]] for p, r in zip(picked, results, strict=True)]
+            drafts = self.model.draft(torch.stack(ends), width).tolist()
+            for entry, result, tokens in zip(judged, results, drafts, strict=True):
+                result.candidates = [head[: entry.draft_width] for head in tokens]
+        self.busy_s += time.perf_counter() - began
+        return results
+
+    def _cache(self, slot: int) -> KVCache:
+        cache = self.caches.get(slot)
+        if cache is None:
+            config = self.model.config
+            cache = self.caches[slot] = KVCache(
+                len(self.model.model.layers),
+                config.num_key_value_heads,
+                self.capacity,
+                config.head_dim,
+                dtype=self.dtype,
+                device=self.device,
+            )
+        return cache
+
+
+def _result(entry: Entry, logits: Tensor) -> Result:
+    if entry.judge is Judge.LAST:
+        tokens, parents, position = entry.tokens[-1:], [-1], entry.start + len(entry.tokens) - 1
+    else:
+        tokens, parents, position = entry.tokens, entry.parents, entry.start
+    accepted = accept(logits, tokens, parents, position, entry.rule)
+    return Result(accepted.path, accepted.next_token, [])
+
+
+def serve(
+    stage: Stage, link: Link, rank: int, world: int, on_step: Callable[[], None] = lambda: None
+) -> None:
+    """The loop of every rank but the first: receive, compute, pass on, until told to stop."""
+    after = (rank + 1) % world
+    while True:
+        began = time.perf_counter()
+        kind, numbers, hidden = link.receive(rank - 1)
+        stage.wait_s += time.perf_counter() - began
+        if kind is Kind.BATCH:
+            entries = decode_batch(numbers)
+            hidden = stage.run(entries, hidden)
+            if stage.last:
+                link.send(after, Kind.RESULTS, encode_results(stage.judge(entries, hidden)))
+            else:
+                link.send(after, Kind.BATCH, numbers, hidden)
+        else:
+            link.send(after, kind)
+        on_step()
+        if kind is Kind.STOP:
+            link.flush()
+            return

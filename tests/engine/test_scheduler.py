@@ -1,0 +1,296 @@
+"""The scheduler over one stage in this process: what is emitted, kept and cancelled."""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import JupiterConfig, parse_config
+from engine.decoding.tree import choose_tree
+from engine.model.config import ModelConfig
+from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, fuse_projections
+from engine.pipeline.scheduler import Scheduler, accept_rule
+from engine.pipeline.stage import Stage
+from engine.protocol import (
+    Cancel,
+    Event,
+    Failed,
+    Finished,
+    Generate,
+    Message,
+    SamplingParams,
+    Shutdown,
+    Started,
+    Tokens,
+)
+from engine.text import TextCodec
+from tests.tiny import reference, tiny_folder
+
+CONTEXT = 200
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+class Engine:
+    """A scheduler thread and its two queues."""
+
+    def __init__(self, heads: HeadShape, choices: Any = "mc_63", **config: Any) -> None:
+        values = {"base_model_name_or_path": "tiny", "stage_num_hidden_layers_list": [6], **config}
+        self.config: JupiterConfig = parse_config(values, "test")
+        folder = tiny_folder("llama")
+        source = reference("llama")
+        model_config = ModelConfig.from_folder(folder)
+        torch.manual_seed(1)
+        model = MedusaLlamaForCausalLM(model_config, heads)
+        model.load_state_dict(source.state_dict(), strict=False)
+        fuse_projections(model.eval().requires_grad_(False))
+        self.stage = Stage(
+            model,
+            first=True,
+            last=True,
+            context_length=CONTEXT,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        self.codec = TextCodec(folder, folder / "tokenizer.json", model_config.eos_token_id)
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.scheduler = Scheduler(
+            self.stage,
+            None,
+            self.codec,
+            self.config,
+            choose_tree(choices, heads.num_heads),
+            context_length=CONTEXT,
+            inbox=self.inbox,
+            emit=self.events.put,
+            tick_s=5,
+        )
+        self.thread = threading.Thread(target=self.scheduler.run)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.inbox.put(Shutdown())
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+    def ask(self, *requests: Generate) -> dict[str, list[Event]]:
+        """Submit all at once; events by request, once all have ended."""
+        for request in requests:
+            self.inbox.put(request)
+        return self.collect({request.request_id for request in requests})
+
+    def collect(self, pending: set[str]) -> dict[str, list[Event]]:
+        found: dict[str, list[Event]] = {name: [] for name in pending}
+        pending = set(pending)
+        while pending:
+            event = self.events.get(timeout=30)
+            found.setdefault(event.request_id, []).append(event)
+            if isinstance(event, Finished | Failed):
+                pending.discard(event.request_id)
+        return found
+
+
+NO_HEADS = HeadShape(0)
+RANDOM_HEADS = HeadShape(5, 1, vocab_size=260)
+# New ResBlocks are the identity: these heads repeat the next token's guesses, and are often right
+# where an answer repeats itself.
+ECHO_HEADS = HeadShape(5, 1)
+
+
+@pytest.fixture(params=[NO_HEADS, RANDOM_HEADS, ECHO_HEADS], ids=["none", "random", "echo"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    engine = Engine(request.param)
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def plain() -> Iterator[Engine]:
+    engine = Engine(ECHO_HEADS)
+    yield engine
+    engine.stop()
+
+
+def prompt(name: str, text: str, params: SamplingParams = GREEDY) -> Generate:
+    return Generate(request_id=name, prompt=text, params=params)
+
+
+def tokens_of(events: list[Event]) -> list[int]:
+    return [token for event in events if isinstance(event, Tokens) for token in event.token_ids]
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Tokens))
+
+
+def expected_greedy(codec: TextCodec, text: str, count: int) -> list[int]:
+    return _generate(tuple(codec.encode(text, add_special_tokens=True)), count)
+
+
+@functools.cache
+def _generate(prompt_ids: tuple[int, ...], count: int) -> list[int]:
+    model = reference("llama")
+    ids = torch.tensor([prompt_ids])
+    seen = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=seen, max_new_tokens=count, do_sample=False)
+    return out[0, ids.shape[1] :].tolist()
+
+
+PROMPTS = [f"{'word ' * n}number {n * n}?" for n in range(8)]
+
+
+def test_greedy_tokens_equal_transformers_alone_and_together(engine: Engine) -> None:
+    expected = [expected_greedy(engine.codec, text, 24) for text in PROMPTS]
+    for index, text in enumerate(PROMPTS[:3]):
+        assert tokens_of(engine.ask(prompt("one", text))["one"]) == expected[index]
+    events = engine.ask(*(prompt(str(i), text) for i, text in enumerate(PROMPTS)))
+    assert [tokens_of(events[str(i)]) for i in range(len(PROMPTS))] == expected
+
+
+def test_figures_of_a_finished_request_are_consistent(engine: Engine) -> None:
+    done = engine.ask(prompt("a", PROMPTS[1]))["a"][-1]
+    assert isinstance(done, Finished)
+    metrics = done.metrics
+    assert done.completion_tokens == 24
+    assert metrics.mean_accepted_len == pytest.approx(23 / metrics.decode_steps)
+    assert metrics.ttft_s is not None
+    assert metrics.ttft_s > 0
+    depth = engine.scheduler.tree.depth
+    assert metrics.proposed_per_head == (metrics.decode_steps,) * depth
+    assert list(metrics.accepted_per_head) == sorted(metrics.accepted_per_head, reverse=True)
+    if depth == 0:
+        assert metrics.mean_accepted_len == 1.0
+
+
+def test_repeating_answers_are_accepted_several_tokens_at_a_time() -> None:
+    engine = Engine(ECHO_HEADS)
+    done = engine.ask(*(prompt(str(i), text) for i, text in enumerate(PROMPTS)))
+    engine.stop()
+    steps = sum(events[-1].metrics.decode_steps for events in done.values())
+    assert steps < 0.9 * 23 * len(PROMPTS)
+
+
+def test_a_second_turn_prefills_only_what_is_new(plain: Engine) -> None:
+    first = (Message("user", "hello there"),)
+    events = plain.ask(Generate(request_id="1", messages=first, params=GREEDY))["1"]
+    answer = Message("assistant", text_of(events))
+    second = (*first, answer, Message("user", "and now?"))
+    rows_before = plain.stage.rows
+    events = plain.ask(Generate(request_id="2", messages=second, params=GREEDY))["2"]
+    started = events[0]
+    assert isinstance(started, Started)
+    closing = plain.codec.encode(
+        "<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n",
+        add_special_tokens=False,
+    )
+    # The answer's last token was never fed, so its row is new too.
+    assert started.prompt_tokens - started.cached_tokens <= len(closing) + 1
+    decoded = events[-1].metrics.decode_steps * plain.scheduler.tree.size
+    assert plain.stage.rows - rows_before == started.prompt_tokens - started.cached_tokens + decoded
+    fresh = Engine(NO_HEADS)
+    alone = fresh.ask(Generate(request_id="2", messages=second, params=GREEDY))["2"]
+    fresh.stop()
+    assert tokens_of(alone) == tokens_of(events)
+
+
+def test_cancel_keeps_the_partial_text_and_frees_the_slot(plain: Engine) -> None:
+    endless = SamplingParams(temperature=0)
+    plain.inbox.put(prompt("long", PROMPTS[2], endless))
+    seen: list[Event] = []
+    while not tokens_of(seen):
+        seen.append(plain.events.get(timeout=30))
+    plain.inbox.put(Cancel("long"))
+    seen += plain.collect({"long"})["long"]
+    assert isinstance(seen[-1], Finished)
+    assert seen[-1].finish_reason == "cancelled"
+    assert tokens_of(seen) == expected_greedy(plain.codec, PROMPTS[2], len(tokens_of(seen)))
+    assert not any(slot.busy for slot in plain.scheduler.slots.slots)
+
+
+def test_cancelling_what_only_waits_ends_it_too() -> None:
+    engine = Engine(NO_HEADS, max_num_seqs=1)
+    engine.inbox.put(prompt("runs", PROMPTS[0]))
+    engine.inbox.put(prompt("waits", PROMPTS[1]))
+    engine.inbox.put(Cancel("waits"))
+    events = engine.collect({"runs", "waits"})
+    engine.stop()
+    assert len(tokens_of(events["runs"])) == 24
+    assert [type(e) for e in events["waits"]] == [Finished]
+
+
+def test_more_requests_than_slots_are_all_answered() -> None:
+    engine = Engine(NO_HEADS, max_num_seqs=2)
+    events = engine.ask(*(prompt(str(i), text) for i, text in enumerate(PROMPTS)))
+    expected = [expected_greedy(engine.codec, text, 24) for text in PROMPTS]
+    engine.stop()
+    assert [tokens_of(events[str(i)]) for i in range(len(PROMPTS))] == expected
+
+
+def test_a_stop_string_ends_the_text_before_it(plain: Engine) -> None:
+    whole = text_of(plain.ask(prompt("all", PROMPTS[3]))["all"])
+    stop = whole[9:12]
+    params = SamplingParams(temperature=0, max_tokens=24, stop=(stop,))
+    events = plain.ask(prompt("cut", PROMPTS[3], params))["cut"]
+    assert text_of(events) == whole[: whole.index(stop)]
+    assert events[-1].finish_reason == "stop"
+
+
+def test_a_full_context_is_told_from_a_token_limit(plain: Engine) -> None:
+    text = "x" * (CONTEXT - 10)
+    done = plain.ask(prompt("full", text, SamplingParams(temperature=0)))["full"][-1]
+    assert (done.finish_reason, done.context_full) == ("length", True)
+    assert done.prompt_tokens + done.completion_tokens == CONTEXT
+    done = plain.ask(prompt("short", "x", SamplingParams(temperature=0, max_tokens=3)))["short"][-1]
+    assert (done.finish_reason, done.context_full, done.completion_tokens) == ("length", False, 3)
+
+
+def test_max_steps_caps_decode_steps_where_it_is_set() -> None:
+    engine = Engine(NO_HEADS, max_steps=5)
+    done = engine.ask(prompt("a", PROMPTS[1]))["a"][-1]
+    engine.stop()
+    assert (done.finish_reason, done.completion_tokens) == ("length", 6)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (prompt("bad", "x" * CONTEXT), "prompt_too_long"),
+        (prompt("bad", ""), "invalid_request"),
+        (prompt("bad", "x", SamplingParams(temperature=-1)), "invalid_request"),
+        (prompt("bad", "x", SamplingParams(top_p=0)), "invalid_request"),
+        (prompt("bad", "x", SamplingParams(max_tokens=0)), "invalid_request"),
+    ],
+)
+def test_a_bad_request_fails_alone(plain: Engine, request_: Generate, code: str) -> None:
+    events = plain.ask(request_, prompt("good", "x"))
+    assert isinstance(events["bad"][-1], Failed)
+    assert events["bad"][-1].code == code
+    assert len(tokens_of(events["good"])) == 24
+
+
+def test_a_seeded_answer_is_the_same_whatever_the_tree_and_the_batch() -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.95, seed=11, max_tokens=20)
+    answers = []
+    for heads in (NO_HEADS, RANDOM_HEADS, ECHO_HEADS):
+        engine = Engine(heads)
+        alone = engine.ask(prompt("a", PROMPTS[2], params))["a"]
+        many = engine.ask(*(prompt(str(i), text, params) for i, text in enumerate(PROMPTS)))
+        engine.stop()
+        answers += [tokens_of(alone), tokens_of(many["2"])]
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_a_request_that_names_top_p_gets_nucleus_sampling() -> None:
+    config = parse_config(
+        {"base_model_name_or_path": "x", "stage_num_hidden_layers_list": [1]}, "test"
+    )
+    typical = accept_rule(SamplingParams(), config)
+    nucleus = accept_rule(SamplingParams(top_p=0.5), config)
+    greedy = accept_rule(SamplingParams(temperature=0, top_p=0.5), config)
+    assert [typical.rule, nucleus.rule, greedy.rule] == [1, 2, 0]

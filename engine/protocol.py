@@ -161,7 +161,7 @@ class StageTelemetry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     busy_s: float
     """Seconds spent computing."""
     wait_s: float
-    """Seconds spent waiting for a neighbour."""
+    """Seconds spent waiting for a neighbour while there was work."""
     steps: int
     """Micro-batches computed."""
     rows: int

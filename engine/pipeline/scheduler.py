@@ -12,6 +12,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,14 +116,25 @@ class Scheduler:
     # --- what comes in ---------------------------------------------------------------------
 
     def _handle_inbox(self, *, wait: bool) -> None:
-        try:
-            self._handle(self.inbox.get(timeout=self.tick_s) if wait else self.inbox.get_nowait())
+        if wait:
+            self._wait()
+        with suppress(queue.Empty):
             while True:
                 self._handle(self.inbox.get_nowait())
+
+    def _wait(self) -> None:
+        """Wait for the next message; send a tick round when none comes for a while."""
+        began = time.perf_counter()
+        try:
+            item = self.inbox.get(timeout=self.tick_s)
         except queue.Empty:
-            if wait and self.link and not self.flights and not self.tick_out:
+            if self.link and not self.flights and not self.tick_out:
                 self.link.send(1, Kind.TICK)
                 self.tick_out = True
+            return
+        if self.flights:
+            self.stage.wait_s += time.perf_counter() - began
+        self._handle(item)
 
     def _handle(self, item: Any) -> None:
         match item:

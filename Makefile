@@ -1,0 +1,31 @@
+# `make chat` and `make test` do everything from a fresh clone; the others are steps of them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install chat test lint clean
+
+install: $(VENV)/.installed
+
+# The environment follows the project file: a change there installs anew.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+chat: install
+	$(BIN)/jupiter fetch
+	$(BIN)/jupiter-tui
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,103 @@
+"""Base model and Medusa heads written as one Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.head_layouts import check_heads
+from engine.checkpoint.heads import HeadReader, head_names
+from engine.checkpoint.hub import TEXT_FILES
+from engine.checkpoint.reader import WeightReader, open_checkpoint
+from engine.checkpoint.safetensors_file import DEFAULT_SHARD_BYTES, Entry, write_sharded
+from engine.checkpoint.tensor_entry import tensor_entry
+from engine.checkpoint.tokenizer import ensure_tokenizer
+from engine.errors import CheckpointError
+from engine.model.config import ModelConfig
+
+HEADS = "medusa_head."
+
+
+def merge(
+    folder: Path,
+    heads: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_heads: int | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write the model in `folder` with the heads at `heads` to the new folder `output`.
+
+    `output` holds what Medusa v1.0 puts in a model: the base model's names and `medusa_head.*`,
+    with `medusa_num_heads` and `medusa_num_layers` in config.json. The architecture stays the
+    base model's, so transformers loads the base from it. It appears whole or not at all.
+
+    Args:
+        dtype: of all weights; None keeps each as it is stored.
+        max_heads: the first so many heads only.
+
+    Raises:
+        CheckpointError: the heads do not fit, a file is damaged, or `output` is not empty.
+    """
+    model = ModelConfig.from_folder(folder)
+    reader = HeadReader(heads)
+    check_heads(reader.spec, model, heads)
+    count = min(reader.spec.num_heads, max_heads or reader.spec.num_heads)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output}: exists and is not an empty folder; name a new one")
+    unfinished = output.absolute().with_name(f".{output.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        with open_checkpoint(folder) as base:
+            entries = [*_base_entries(base, dtype), *_head_entries(reader, count, dtype)]
+            write_sharded(unfinished, entries, shard_bytes=shard_bytes, written=progress)
+        _copy_texts(folder, unfinished)
+        _write_config(folder, unfinished, dtype, count, reader.spec.num_layers)
+        unfinished.rename(output)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or output}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _base_entries(base: WeightReader, dtype: torch.dtype | None) -> Iterator[Entry]:
+    for name in sorted(base.keys(), key=base.file):
+        if not name.startswith(HEADS):  # heads merged earlier make way
+            yield tensor_entry(name, partial(base.tensor, name), dtype)
+
+
+def _head_entries(reader: HeadReader, count: int, dtype: torch.dtype | None) -> Iterator[Entry]:
+    for name in head_names(count, reader.spec):
+        yield tensor_entry(name, partial(reader.tensor, name), dtype)
+    token_map = reader.token_map
+    if token_map is not None:
+        yield tensor_entry(f"{HEADS}token_map", lambda: token_map)
+
+
+def _copy_texts(folder: Path, output: Path) -> None:
+    for name in TEXT_FILES:
+        if name != "config.json" and (folder / name).is_file():
+            shutil.copyfile(folder / name, output / name)
+    tokenizer = ensure_tokenizer(folder)
+    if tokenizer.parent != folder:
+        shutil.copyfile(tokenizer, output / "tokenizer.json")
+
+
+def _write_config(
+    folder: Path, output: Path, dtype: torch.dtype | None, heads: int, layers: int
+) -> None:
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if dtype is not None:
+        key = "dtype" if "dtype" in values else "torch_dtype"  # transformers 5's name, and 4's
+        values[key] = str(dtype).removeprefix("torch.")
+    values |= {"medusa_num_heads": heads, "medusa_num_layers": layers}
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    (output / "config.json").write_text(text, encoding="utf-8")

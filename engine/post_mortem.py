@@ -1,0 +1,116 @@
+"""Why an engine died: the first that went, in one clear message."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+from engine.errors import EngineError, ExitCode
+from engine.logs import describe_exit, exit_codes, rank_log, tail, torchrun_log, with_last_lines
+from engine.protocol import WorkerError
+
+# torchrun's words when it was itself told to end.
+_GOT_SIGNAL = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
+
+
+class PostMortem:
+    """Evidence about an end, in the order in which it was seen.
+
+    torchrun stops all ranks when one dies, and the neighbours of a dead rank die of the closed
+    connection: only the first one is the cause.
+
+    Args:
+        log_dir: the launch's logs.
+        torchrun_pid: torchrun's process.
+    """
+
+    def __init__(self, log_dir: Path, torchrun_pid: int) -> None:
+        self._log_dir = log_dir
+        self._torchrun_pid = torchrun_pid
+        self._rank_of: dict[int, int] = {}
+        self._gone: list[int] = []
+        self._last_words: dict[int, WorkerError] = {}
+        self.told_at_once = False
+        """Whether the first evidence was a worker's own last words: nothing else need be known."""
+
+    def reported(self, rank: int, pid: int) -> bool:
+        """Note which process a rank is; False when that was known."""
+        new = pid not in self._rank_of
+        self._rank_of[pid] = rank
+        return new
+
+    def gone(self, pid: int) -> None:
+        """A process has ended."""
+        self._gone.append(pid)
+
+    def all_gone(self, world_size: int) -> bool:
+        """Whether every rank has reported and has ended."""
+        ranks = {self._rank_of[pid] for pid in self._gone if pid in self._rank_of}
+        return len(ranks) == world_size
+
+    def last_words(self, rank: int, error: WorkerError) -> None:
+        """A worker has said why it will end."""
+        self.told_at_once |= not self._gone and not self._last_words
+        self._last_words.setdefault(rank, error)
+
+    def error(self, torchrun_exit: int | None) -> EngineError:
+        """The error to show.
+
+        Args:
+            torchrun_exit: torchrun's exit code (negative: a signal), None while it runs.
+        """
+        rank = self._cause(torchrun_exit)
+        if rank is not None:
+            return self._said(rank) or self._stopped_from_outside() or self._silent(rank)
+        log = torchrun_log(self._log_dir)
+        if torchrun_exit is None:
+            return EngineError(with_last_lines("torchrun ended", log))
+        if torchrun_exit < 0:
+            return EngineError(f"torchrun {describe_exit(torchrun_exit)}")
+        return EngineError(with_last_lines(f"torchrun {describe_exit(torchrun_exit)}", log))
+
+    def _cause(self, torchrun_exit: int | None) -> int | None:
+        """The rank that went first; None when it was torchrun."""
+        if self.told_at_once:
+            return next(iter(self._last_words))
+        verdict = exit_codes(self._log_dir)
+        first = self._rank_of.get(self._gone[0])
+        if first is None:
+            if torchrun_exit is not None and torchrun_exit < 0:
+                return None
+            # torchrun ended in order, so one that had not yet reported was the cause.
+            return next(iter([*self._last_words, *verdict]), None)
+        named = next((rank for rank in verdict if verdict[rank][1] != -signal.SIGTERM), None)
+        # What went first in our eyes may have been stopped by torchrun for one that never reported.
+        unseen = named is not None and verdict[named][0] not in self._rank_of
+        return named if unseen else first
+
+    def _said(self, rank: int) -> EngineError | None:
+        words = self._last_words.get(rank)
+        if words is None:
+            return None
+        if words.exit_code == ExitCode.BAD_INPUT:
+            error = EngineError(words.message)
+            error.exit_code = ExitCode.BAD_INPUT
+            return error
+        log = rank_log(self._log_dir, rank)
+        return EngineError(
+            f"rank {rank}: {words.message} (exit code {words.exit_code}; log: {log})"
+        )
+
+    def _stopped_from_outside(self) -> EngineError | None:
+        log = torchrun_log(self._log_dir)
+        found = _GOT_SIGNAL.search("\n".join(tail(log, 200)))
+        if found is None:
+            return None
+        return EngineError(f"torchrun was told to stop by {signal.Signals(int(found[1])).name}")
+
+    def _silent(self, rank: int) -> EngineError:
+        """A rank that ended without a word: its exit code and the end of its log."""
+        pids = {known: pid for pid, known in self._rank_of.items()}
+        codes = exit_codes(self._log_dir)
+        how = describe_exit(codes[rank][1]) if rank in codes else "ended"
+        pid = codes[rank][0] if rank in codes else pids[rank]
+        log = rank_log(self._log_dir, rank)
+        return EngineError(with_last_lines(f"rank {rank} (process {pid}) {how}", log))

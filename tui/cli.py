@@ -1,0 +1,138 @@
+"""`jupiter-tui`: reads the command line, then opens the workbench or runs a batch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from engine.config import JupiterConfig, load_config
+from engine.errors import ExitCode, JupiterError
+
+BATCH_ONLY = ("output", "resume", "progress", "max_failures", "max_num_seqs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `jupiter-tui`; returns the exit code (see ExitCode)."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_usage(parser, args)
+    try:
+        config = load_config(
+            args.config, stages=args.stages, assignments=assignments(args), no_heads=args.no_heads
+        )
+        if args.batch is not None:
+            from tui import batch
+
+            return batch.main(args, config)
+        return interactive(config)
+    except JupiterError as error:
+        print(f"jupiter-tui: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of both the workbench and `--batch`.
+
+    A flag that only a batch has is None (or False) where it was not given.
+    """
+    parser = OneLineParser(
+        prog="jupiter-tui",
+        description="Chat with a model that runs as a chain of stages; "
+        "with --batch, answer a file of prompts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=Version)
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--config", "--config_file", metavar="FILE", help="default: ./config.json, else built in"
+    )
+    run.add_argument("--stages", metavar="N,N,...", help="decoder layers per stage, such as 15,15")
+    run.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="overrides a key of the config; may be repeated",
+    )
+    run.add_argument("--no-heads", action="store_true", help="decode without Medusa heads")
+    batch = parser.add_argument_group("batch")
+    batch.add_argument(
+        "--batch", metavar="INPUT", help="answer these JSONL prompts; - reads standard input"
+    )
+    batch.add_argument("-o", "--output", metavar="OUTPUT", help="default: - (standard output)")
+    batch.add_argument("--resume", action="store_true", help="skip what OUTPUT already answers")
+    batch.add_argument("--progress", choices=("auto", "json", "none"), help="default: auto")
+    batch.add_argument(
+        "--max-failures", metavar="N", type=positive, help="give up after N failed lines"
+    )
+    batch.add_argument(
+        "--max-num-seqs", metavar="N", type=positive, help="decode N at a time; default: 16"
+    )
+    return parser
+
+
+def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with exit code 2 and one line where flags or the terminal do not fit together."""
+    if args.batch is not None:
+        args.output = args.output or "-"
+        args.progress = args.progress or "auto"
+        return
+    for name in BATCH_ONLY:
+        if getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} needs --batch INPUT")
+
+
+def assignments(args: argparse.Namespace) -> list[str]:
+    """The `key=value` texts to lay over the config file."""
+    own = [] if args.max_num_seqs is None else [f"max_num_seqs={args.max_num_seqs}"]
+    return [*args.set, *own]
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, not '{text}'")
+    return number
+
+
+def interactive(config: JupiterConfig) -> int:
+    """Open the workbench on this terminal; returns the exit code."""
+    if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
+        print(
+            "jupiter-tui: this is not a terminal; use --batch INPUT to answer prompts from a file",
+            file=sys.stderr,
+        )
+        return ExitCode.BAD_INPUT
+    from tui.terminal import run
+
+    return run(config)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit with code 2."""
+        self.exit(ExitCode.BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class Version(argparse.Action):
+    """`--version`; the package's metadata is read only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"jupiter-tui {version('jupiter-workbench')}")
+        parser.exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

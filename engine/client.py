@@ -57,6 +57,8 @@ STARTING_HEARTBEAT_S = 0.1
 # Seconds that a stop waits for the workers to leave, and then for torchrun to end them.
 SHUTDOWN_GRACE_S = 1.5
 TERMINATE_GRACE_S = 1.5
+# Seconds that torchrun has to take notice of its workers' end; it looks ten times a second.
+REAP_S = 0.3
 # Seconds that torchrun has to write how its workers ended.
 VERDICT_S = 1.5
 
@@ -212,7 +214,9 @@ class EngineClient:
                 if self.ready is not None:  # all workers are listening
                     queue.publish(Shutdown())
                     await _wait(self._workers_gone, SHUTDOWN_GRACE_S)
-                if not self._workers_gone.is_set():
+                if self._workers_gone.is_set():
+                    await _until(lambda: not launch.unreaped(), REAP_S)
+                else:
                     launch.terminate()
                     await _wait(self._torchrun_gone, TERMINATE_GRACE_S)
         finally:
@@ -367,3 +371,9 @@ class EngineClient:
 async def _wait(event: asyncio.Event, seconds: float) -> None:
     with suppress(TimeoutError):
         await asyncio.wait_for(event.wait(), seconds)
+
+
+async def _until(test: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not test() and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)

@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
+import psutil
+
 import engine
 from engine.config import JupiterConfig, config_json
 from engine.errors import EngineError
@@ -101,6 +103,10 @@ class Launch:
             if pid not in self._workers:
                 with suppress(OSError):  # it may have ended already
                     self._workers[pid] = ProcessHandle(pid)
+
+    def unreaped(self) -> bool:
+        """Whether the kernel still lists a worker, be it only for torchrun to take notice."""
+        return any(psutil.pid_exists(pid) for pid in self._workers)
 
     def terminate(self) -> None:
         """Ask torchrun to end its workers and itself."""

@@ -15,7 +15,9 @@ from pathlib import Path
 from engine.config import JupiterConfig
 from engine.errors import CheckpointError, EngineError, ExitCode
 from engine.launch import module_environment
+from engine.logs import describe_exit
 
+FETCH = ("engine.cli.main", "fetch")
 CHUNK = 4096
 MAX_LINE = 10_000
 
@@ -33,23 +35,25 @@ async def prepare_model(config: JupiterConfig, on_message: Callable[[str], None]
     from engine.checkpoint.preflight import preflight
     from engine.checkpoint.sources import resolve_cached
 
-    folder: Path | None = None
-    for source in (config.medusa_head_path, config.base_model_name_or_path):
-        if source is not None:
-            folder = await asyncio.to_thread(resolve_cached, source)
-            folder = folder or await _fetch(source, on_message)
-    assert folder is not None  # the base model goes last
+    async def located(source: str) -> Path:
+        folder = await asyncio.to_thread(resolve_cached, source)
+        return folder or await fetch(source, on_message)
+
+    folder = await located(config.base_model_name_or_path)
+    if config.medusa_head_path is not None:
+        await located(config.medusa_head_path)
     await asyncio.to_thread(preflight, config, folder)
     return folder
 
 
-async def _fetch(source: str, on_message: Callable[[str], None]) -> Path:
-    """Run `jupiter fetch` in a process that ends with this one, or when this is cancelled."""
+async def fetch(source: str, on_message: Callable[[str], None]) -> Path:
+    """Run `jupiter fetch` in a process that ends with this one, or when this is cancelled.
+
+    Raises as `prepare_model`.
+    """
     on_message(f"fetching {source}")
-    words = [sys.executable, "-m", "engine.owned", str(os.getpid()), "engine.cli.main", "fetch"]
     process = await asyncio.create_subprocess_exec(
-        *words,
-        source,
+        *(sys.executable, "-m", "engine.owned", str(os.getpid()), *FETCH, source),
         stdin=DEVNULL,
         stdout=PIPE,
         stderr=PIPE,
@@ -57,18 +61,16 @@ async def _fetch(source: str, on_message: Callable[[str], None]) -> Path:
         env={**os.environ, **module_environment()},
     )
     assert process.stdout is not None and process.stderr is not None
+    output = asyncio.ensure_future(process.stdout.read())
+    last = "it gave no reason"
     try:
-        output = asyncio.ensure_future(process.stdout.read())
-        try:
-            last = ""
-            async for line in _lines(process.stderr):
-                last = line
-                on_message(line)
-            folder = (await output).decode().strip().splitlines()[-1:]
-        finally:
-            output.cancel()
+        async for line in _lines(process.stderr):
+            last = line
+            on_message(line)
+        folder = (await output).decode().strip().splitlines()[-1:]
         code = await process.wait()
     finally:
+        output.cancel()
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -76,7 +78,7 @@ async def _fetch(source: str, on_message: Callable[[str], None]) -> Path:
     if code == ExitCode.BAD_INPUT:
         raise CheckpointError(last.removeprefix("jupiter fetch: "))
     if code != 0 or not folder:
-        raise EngineError(f"{source}: the fetch ended with exit code {code}: {last}")
+        raise EngineError(f"{source}: the fetch {describe_exit(code)}: {last}")
     return Path(folder[0])
 
 

@@ -76,7 +76,7 @@ class QueueClient:
         self._pub = self._context.socket(zmq.PUB)
         # Never drop a command: the client bounds how many requests may be open.
         self._pub.set_hwm(0)
-        # Take in whatever comes: a socket at its limit loses what a worker sent just before its end.
+        # Nor lose an event: a socket at its limit drops what a worker sent just before its end.
         self._pull.set_hwm(0)
         try:
             self._pull.bind(events)

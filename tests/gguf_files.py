@@ -49,7 +49,7 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write a transformers model; matrices as `kind`, vectors as float32."""
+    """Write a transformers model; matrices in whole blocks of 32 as `kind`, the rest float32."""
     config = model.config
     arch = arch or {"mistral": "llama"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, arch)
@@ -64,10 +64,11 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     for key, value in (metadata or {}).items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{arch}.{key}", value)
+        key = key if key.startswith("tokenizer.") else f"{arch}.{key}"
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
     _add_tokenizer(writer)
     for name, tensor in _tensors(model, arch).items():
-        quantize = tensor.ndim == 2 and kind != Kind.F32
+        quantize = tensor.ndim == 2 and tensor.shape[1] % 32 == 0 and kind != Kind.F32
         data = gguf.quantize(tensor, kind) if quantize else tensor
         writer.add_tensor(name, data, raw_dtype=kind if quantize else None)
     for name, tensor in (tensors or {}).items():

@@ -111,6 +111,8 @@ class Batch:
     def run(self) -> int:
         """Ask everything, write every answer, say what was done; returns the exit code."""
         code, problem = self._outcome()
+        if code == READER_GONE:
+            return code  # quietly, as any program at the head of a pipe
         if self._began:
             self._reporter.summary(self.tally)
         if problem:

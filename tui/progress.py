@@ -107,15 +107,23 @@ class Reporter:
 class JsonReporter(Reporter):
     """One JSON object per line; see docs/batch.md for the fields."""
 
+    def __init__(self) -> None:
+        self._stages: dict[int, tuple[str, float]] = {}
+
     def engine(self, update: Update) -> None:
         super().engine(update)
         if isinstance(update, Fetching):
             self._emit("fetch", message=update.message)
         elif isinstance(update, EventEnvelope) and isinstance(update.body, StageState):
-            state = update.body
-            self._emit(
-                "stage", rank=update.rank, phase=state.phase, done=state.done, total=state.total
-            )
+            self._stage(update.rank, update.body)
+
+    def _stage(self, rank: int, state: StageState) -> None:
+        """Each phase, and every second how far it is: a model has hundreds of tensors."""
+        now = time.monotonic()
+        phase, said = self._stages.get(rank, ("", now))
+        if phase != state.phase or now - said >= 1.0:
+            self._stages[rank] = state.phase, now
+            self._emit("stage", rank=rank, phase=state.phase, done=state.done, total=state.total)
 
     def start(self, tally: Tally) -> None:
         self._emit("start", todo=tally.todo, skipped=tally.skipped)
@@ -186,10 +194,10 @@ class PlainReporter(Reporter):
     def summary(self, tally: Tally) -> None:
         figures = tally.figures()
         left = f", {figures['left']} not done" if figures["left"] else ""
-        rate = "" if figures["tokens_per_s"] is None else f" ({figures['tokens_per_s']:.1f} a s)"
         self._say(
             f"{tally.done} done, {tally.failed} failed, {tally.skipped} skipped{left}; "
-            f"{_count(tally.tokens, 'token')} in {tally.elapsed_s:.1f} s{rate}"
+            f"{_count(tally.tokens, 'token')} in {tally.elapsed_s:.1f} s "
+            f"({figures['tokens_per_s'] or 0:.1f} tokens/s)"
         )
 
     def _now_and_then(self, text: str) -> None:
@@ -203,45 +211,57 @@ class LiveReporter(PlainReporter):
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn as Remaining
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         super().__init__()
         self._bar: Progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[detail]}", markup=False),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
-            Remaining(compact=True),
+            TimeRemainingColumn(compact=True),
             console=Console(stderr=True),
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
             refresh_per_second=4,
         )
-        self._task: TaskID = self._bar.add_task("starting", total=1, detail="")
+        self._task: TaskID = self._bar.add_task("starting", total=None, detail="")
         self._loading: dict[int, StageState] = {}
+        self._working = self._ended = False
 
     def engine(self, update: Update) -> None:
-        self._bar.start()
+        if not self._ended:
+            self._bar.start()
         if isinstance(update, Fetching):
             self._bar.update(self._task, description=harmless(update.message))
         else:
             super().engine(update)
 
     def _stage(self, rank: int, state: StageState) -> None:
+        if self._working or not state.total:
+            return
         self._loading[rank] = state
         self._bar.update(
             self._task,
             description="loading",
             completed=sum(stage.done for stage in self._loading.values()),
-            total=max(1, sum(stage.total for stage in self._loading.values())),
+            total=sum(stage.total for stage in self._loading.values()),
             detail="tensors",
         )
 
     def start(self, tally: Tally) -> None:
-        super().start(tally)
+        self._working = True
         self._bar.reset(self._task, total=tally.todo, description="batch", detail="")
+        super().start(tally)
 
     def tokens(self, tally: Tally) -> None:
         failed = f"· {tally.failed} failed " if tally.failed else ""
@@ -261,6 +281,7 @@ class LiveReporter(PlainReporter):
         super().summary(tally)
 
     def close(self) -> None:
+        self._ended = True
         self._bar.stop()
 
     def _say(self, text: str) -> None:

@@ -47,7 +47,7 @@ def test_weights_come_back_as_the_model_had_them(tmp_path: Path, model_kind: str
 def test_dequantized_weights_equal_those_of_transformers(
     tmp_path: Path, kind: Kind, model_kind: str
 ) -> None:
-    model = reference(model_kind, layers=1, vocab=len(TOKENS), intermediate_size=64)
+    model = reference(model_kind, layers=1, vocab=len(TOKENS))
     file = write_gguf(model, tmp_path / "tiny.gguf", kind=kind)
     folder = convert(file, tmp_path / "hf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name)
@@ -85,13 +85,10 @@ def test_tokens_and_template_equal_those_of_transformers(tmp_path: Path) -> None
 
 
 def test_an_end_of_turn_token_of_its_own_stops_too(tmp_path: Path) -> None:
-    file = write_gguf(reference(layers=1, vocab=len(TOKENS)), tmp_path / "a.gguf")
-    checkpoint = GGUFCheckpoint(file)
-    plain = checkpoint.value
-    checkpoint.value = lambda key, *default: 7 if key.endswith("eot_token_id") else plain(key, *default)  # type: ignore[method-assign]
-    folder = tmp_path / "hf"
-    folder.mkdir()
-    checkpoint.write(folder, lambda done, total: None)
+    model = reference(layers=1, vocab=len(TOKENS))
+    end_of_turn = {"tokenizer.ggml.eot_token_id": 7}
+    file = write_gguf(model, tmp_path / "a.gguf", metadata=end_of_turn)
+    folder = convert(file, tmp_path / "hf")
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
 
 

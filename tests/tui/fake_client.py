@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from engine.client import CLIENT_RANK, ClientState, Fetching, StateChanged, Update
+from engine.client import ClientState, Fetching, StateChanged, Update
 from engine.config import JupiterConfig
 from engine.errors import EngineError, JupiterError
 from engine.protocol import (
@@ -37,6 +37,7 @@ READY = EngineReady(
     context_length=2048,
     has_chat_template=True,
 )
+MEASURED = Metrics(ttft_s=0.214, tokens_per_s=24.53, mean_accepted_len=1.0)
 
 
 class FakeClient:
@@ -120,7 +121,7 @@ class FakeClient:
         prompt_tokens: int = 34,
         cached_tokens: int = 0,
         completion_tokens: int = 12,
-        metrics: Metrics = Metrics(ttft_s=0.214, tokens_per_s=24.53, mean_accepted_len=1.0),
+        metrics: Metrics = MEASURED,
     ) -> None:
         self.request.put(
             Finished(
@@ -138,6 +139,3 @@ class FakeClient:
         self.request.put(
             Failed(request_id=self.request.request_id, message=message, code="prompt_too_long")
         )
-
-
-__all__ = ["CLIENT_RANK", "CONFIG", "READY", "FakeClient"]

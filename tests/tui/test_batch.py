@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -386,3 +390,91 @@ def test_a_notice_of_the_engine_is_passed_on(engine, job: Job, capfd, monkeypatc
     job.ask("one")
     assert job.run(progress="none") == 0
     assert capfd.readouterr().err == "jupiter-tui: 3 messages were dropped\n"
+
+
+def test_a_reader_that_stops_reading_ends_the_run_quietly(engine, job: Job, capfd) -> None:
+    job.ask("one", "two")
+    saved = os.dup(1)
+    read, end = os.pipe()
+    os.close(read)
+    os.dup2(end, 1)
+    os.close(end)
+    try:
+        assert job.run(output="-", progress="none") == 141
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+    assert capfd.readouterr() == ("", "")
+    assert engine.made[0].stops == 1
+
+
+# An engine that answers the first request and no other; its stop never ends when told so.
+STUCK = """
+import asyncio, sys
+from tests.tui.test_batch import Engine, batch
+from tui import cli
+
+class Stuck(Engine):
+    def play(self, stream, asked):
+        if stream.request_id == "r1":
+            super().play(stream, asked)
+
+    async def stop(self):
+        if sys.argv[1] == "hangs":
+            await asyncio.Event().wait()
+
+    def kill_now(self):
+        print("killed", file=sys.stderr)
+
+Engine.made = []
+batch.EngineClient = Stuck
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def start_stuck(job: Job, stop: str) -> subprocess.Popen[str]:
+    """A process that has written one answer and waits for the second."""
+    job.ask("one", "two")
+    words = ["--batch", str(job.input), "-o", str(job.output), "--progress", "json"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, stop, *words, "--stages", "1,1"],
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(process, "line")
+    return process
+
+
+def wait_for(process: subprocess.Popen[str], event: str) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if json.loads(line)["event"] == event:
+            return
+    raise AssertionError(f"it ended without '{event}'")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_ends_the_run_with_what_is_done(job: Job, number: int, code: int) -> None:
+    with start_stuck(job, "ends") as process:
+        process.send_signal(number)
+        _, err = process.communicate()
+    assert process.returncode == code
+    assert job.answers() == {"0": "one"}
+    events = [json.loads(line) for line in err.splitlines()]
+    assert [event["event"] for event in events] == ["note", "summary", "error", "note"]
+    assert events[2]["message"] == f"stopped by {signal.Signals(number).name}"
+    assert "--resume" in events[3]["message"]
+
+
+def test_a_second_signal_ends_the_run_at_once(job: Job) -> None:
+    with start_stuck(job, "hangs") as process:
+        process.send_signal(signal.SIGINT)
+        wait_for(process, "note")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode == 130
+    assert err == "killed\n"
+    assert job.answers() == {"0": "one"}

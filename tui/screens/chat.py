@@ -63,14 +63,15 @@ class ChatScreen(Screen[None]):
         self._session = session
         self.conversation = Conversation()
         self._queue: deque[AnswerTurn] = deque()
-        self._launch: LaunchCard | None = None
+        self._launch = LaunchCard(session.snapshot)
         self._failure: ErrorPanel | None = None
 
     def compose(self) -> ComposeResult:
         """Title, conversation, prompt, figures, keys."""
         yield TitleBar()
         with VerticalScroll(id="scroll", can_focus=False):
-            yield Vertical(id="conversation")
+            with Vertical(id="conversation"):
+                yield self._launch
         with Vertical(id="prompt-row"):
             yield Prompt(id="prompt")
         yield StatusLine()
@@ -96,11 +97,11 @@ class ChatScreen(Screen[None]):
         self.query_one(TitleBar).snapshot = new
         self.query_one(StatusLine).split = new.split
         self.query_one(Prompt).placeholder = ASK if new.phase == "ready" else ASK_EARLY
-        if self._launch is None or (old is not None and old.launch != new.launch != 1):
+        if old is not None and old.launch not in (0, new.launch):
             self._launch, self._failure = LaunchCard(new), None
             await self._log.mount(self._launch)
         self._launch.show(new)
-        if new.phase == "failed":
+        if new.phase == "failed" and self._log.is_attached:  # not so when the run is ending
             await self._show_failure(new)
         self.refresh_bindings()
         self._send_next()

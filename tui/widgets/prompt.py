@@ -53,7 +53,7 @@ class Prompt(TextArea):
         """Hand a scroll key to the conversation."""
         self.post_message(self.ScrollWanted(how))
 
-    async def _on_key(self, event: events.Key) -> None:
+    def _on_key(self, event: events.Key) -> None:  # type: ignore[override]
         # Enter is no priority binding: that would run before letters that still wait in the
         # queue of this widget, and send a prompt without its end.
         if event.key == "enter":
@@ -61,11 +61,9 @@ class Prompt(TextArea):
         elif event.character == "?" and not self.text:
             self.post_message(self.HelpWanted())
         else:
-            await super()._on_key(event)
-            return
+            return  # on to TextArea's own handler
         event.stop()
         event.prevent_default()
 
-    async def _on_paste(self, event: events.Paste) -> None:
-        event.text = pasted(event.text)
-        await super()._on_paste(event)
+    def _on_paste(self, event: events.Paste) -> None:  # type: ignore[override]
+        event.text = pasted(event.text)  # what TextArea's own handler then inserts

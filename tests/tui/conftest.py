@@ -1,0 +1,12 @@
+"""Every test of the workbench keeps its state in a folder of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("JUPITER_STATE_DIR", str(tmp_path / "state"))

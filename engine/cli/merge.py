@@ -47,7 +47,12 @@ def run(args: argparse.Namespace) -> int:
             Path(args.output_dir).expanduser(),
             dtype=None if args.torch_dtype is None else getattr(torch, args.torch_dtype),
             max_heads=config.medusa_num_heads,
-            progress=lambda done, total: report(f"writing tensor {done} of {total}"),
+            progress=_report_tensors,
         )
     print(Path(args.output_dir).expanduser().absolute(), flush=True)
     return ExitCode.OK
+
+
+def _report_tensors(done: int, total: int) -> None:
+    if done * 20 // total != (done - 1) * 20 // total:
+        report(f"writing tensor {done} of {total}")

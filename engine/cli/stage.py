@@ -44,11 +44,15 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--rank {rank}: must be from 0 to {world - 1}")
     # A receive that waits for a neighbour does not run Python's handler for Ctrl+C.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Read when torch is loaded, below: a stage that waits must not spin on the others' cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from engine.cli.console import Console, prompts_from_stdin
     from engine.pipeline.build import build_stage, choose_device, make_plan
-    from engine.pipeline.group import choose_backend, join_by_address
+    from engine.pipeline.group import check_address, choose_backend, join_by_address
     from engine.pipeline.run import run_rank
 
+    if world > 1:
+        check_address(config, rank)
     plan = make_plan(config, model_folder(config))
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", rank)))
     stage = build_stage(plan, rank, device, lambda done, total: None)

@@ -23,10 +23,11 @@ class Segment:
     """Consecutive rows of one sequence."""
 
     rows: slice
-    cache: KVCache
-    start: int
+    cache: KVCache | None = None
+    """None in training: the rows see only themselves, causally, and gradients flow."""
+    start: int = 0
     """KV rows of the sequence that come before these."""
-    mask: Tensor | None
+    mask: Tensor | None = None
     """Additive, [groups * n, start + n], or None when every row sees everything."""
 
 
@@ -129,6 +130,10 @@ class LlamaAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, layer: int) -> Tensor:
         """Attention of one sequence's n rows: [n, heads * head_dim]."""
         n, groups = len(q), self.num_heads // self.num_kv_heads
+        if segment.cache is None:
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return out[0].transpose(0, 1).reshape(n, self.num_heads * self.head_dim)
         keys, values = segment.cache.write(
             layer, segment.start, k.transpose(0, 1), v.transpose(0, 1)
         )

@@ -51,21 +51,36 @@ def join_by_file(
     )
 
 
+def check_address(config: JupiterConfig, rank: int) -> None:
+    """Look at init_method before anything is loaded, and keep gloo on loopback if it is there.
+
+    Raises ConfigError when rank 0 finds the port in use.
+    """
+    parts = urlsplit(config.init_method)
+    if parts.scheme != "tcp":
+        return
+    host = parts.hostname or "127.0.0.1"
+    if host in ("127.0.0.1", "localhost", "::1"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if rank > 0:
+        return
+    try:
+        with socket.create_server((host, parts.port or 0)):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(
+            f"key 'init_method': {config.init_method}: cannot listen there: {reason}; "
+            "choose another port"
+        ) from None
+
+
 def join_by_address(rank: int, world: int, backend: str, config: JupiterConfig) -> None:
     """Join over the config's init_method, as stages started by hand do.
 
-    Raises:
-        ConfigError: rank 0 finds the port in use.
-        EngineError: the others did not come within the group's timeout.
+    Raises EngineError when the others did not come within the group's timeout.
     """
     method = config.init_method
-    parts = urlsplit(method)
-    if parts.scheme == "tcp":
-        host = parts.hostname or "127.0.0.1"
-        if host in ("127.0.0.1", "localhost", "::1"):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        if rank == 0:
-            _require_free_port(host, parts.port or 0, method)
     try:
         dist.init_process_group(
             backend,
@@ -77,14 +92,3 @@ def join_by_address(rank: int, world: int, backend: str, config: JupiterConfig) 
     except (RuntimeError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise EngineError(f"rank {rank}: could not join over {method}: {line}") from None
-
-
-def _require_free_port(host: str, port: int, method: str) -> None:
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"key 'init_method': {method}: cannot listen there: {error.strerror}; "
-            "choose another port"
-        ) from None

@@ -8,6 +8,7 @@ import torch
 from engine.errors import CheckpointError
 from engine.model.config import ModelConfig
 from engine.model.kv_cache import KVCache
+from engine.model.llama import Rows, Segment
 from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, fuse_projections
 from engine.pipeline.batch import Entry, Judge, attention_rows
 from engine.pipeline.stage import Stage
@@ -166,6 +167,27 @@ def test_sequences_of_a_ragged_batch_do_not_see_each_other() -> None:
         with torch.inference_mode():
             expected = model(torch.tensor([entry.tokens])).logits[0]
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+def test_gradients_without_a_cache_equal_transformers() -> None:
+    model = reference("qwen2")
+    config = ModelConfig.from_dict(
+        {**model.config.to_dict(), "architectures": ["Qwen2ForCausalLM"]}
+    )
+    ours = MedusaLlamaForCausalLM(config)
+    ours.load_state_dict(model.state_dict())
+    lengths, losses = (9, 5), []
+    tokens = torch.randint(0, 250, (sum(lengths),), generator=torch.Generator().manual_seed(1))
+    rows = Rows(
+        torch.cat([torch.arange(n) for n in lengths]), [Segment(slice(0, 9)), Segment(slice(9, 14))]
+    )
+    ours.lm_head(ours(tokens, rows)).logsumexp(-1).sum().backward()
+    for part in tokens.split(lengths):
+        losses.append(model(part[None]).logits.logsumexp(-1).sum())
+    sum(losses).backward()
+    expected = dict(model.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-4, rtol=1e-4)
 
 
 def test_moving_kv_rows_is_safe_where_source_and_target_overlap() -> None:

@@ -134,6 +134,7 @@ def load_config(
         values["stage_num_hidden_layers_list"] = [int(n) for n in stages.split(",")]
     if no_heads:
         values["medusa_head_path"] = None
+        values["medusa_num_heads"] = 0  # a merged model has heads of its own
     config = parse_config(values, where)
     return msgspec.structs.replace(
         config,
@@ -159,12 +160,9 @@ def parse_config(values: Mapping[str, Any], where: str) -> JupiterConfig:
             model_keys[key] = value
         elif key == "fast":
             pass  # the original's switch for batched candidate scoring; here it is always so
-        elif key == "do_sample":
-            if value is False:
-                plain["sampling"] = "greedy"
-        else:
+        elif key != "do_sample":
             plain[key] = value
-    if plain.get("do_sample") is False:
+    if values.get("do_sample") is False:
         plain["sampling"] = "greedy"
     known = JupiterConfig.__struct_fields__
     for key in plain:

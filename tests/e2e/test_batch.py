@@ -239,7 +239,7 @@ def test_a_stage_that_dies_ends_it_with_exit_code_3_and_it_can_be_resumed(batch:
     engine = run.engine()
     run.until("line", times=2)
     for process in map(psutil.Process, [handle.pid for handle in engine]):
-        if "engine.worker" in process.cmdline() and process.environ()["RANK"] == "1":
+        if "engine.worker" in process.cmdline() and process.environ().get("RANK") == "1":
             process.kill()
     assert run.until_end() == 3
     assert_gone(engine)

@@ -50,7 +50,7 @@ class Run:
             text=True,
         )
         assert self.process.stdin is not None and self.process.stdout is not None
-        request = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 100}
+        request = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 20}
         for number in range(LINES):
             line = {"custom_id": str(number), "body": request}
             line |= {"method": "POST", "url": "/v1/chat/completions"}

@@ -25,11 +25,10 @@ async def test_a_prompt_typed_while_the_engine_starts_is_sent_when_it_is_ready()
 async def test_keys_that_arrive_in_one_burst_are_sent_whole() -> None:
     async with open_chat() as chat:
         await chat.ready()
-        for key in ("h", "i", "enter"):
-            character = None if key == "enter" else key
-            chat.app.post_message(events.Key(key, character))
+        for key in ("h", "i", "ctrl+j", "y", "o", "enter"):
+            chat.app.post_message(events.Key(key, key if len(key) == 1 else None))
         await chat.until(lambda: chat.client.asked)
-        assert chat.client.asked == [(Message("user", "hi"),)]
+        assert chat.client.asked == [(Message("user", "hi\nyo"),)]
 
 
 async def test_an_answer_streams_as_markdown_and_the_next_turn_sends_it_along() -> None:

@@ -94,8 +94,10 @@ def test_the_bar_goes_away_and_leaves_the_cursor_and_the_summary(
     terminal = on_terminal(monkeypatch)
     run_through(LiveReporter())
     text = terminal.getvalue()
-    assert "loading" in text
-    assert "loading" not in text.partition("batch")[2]
+    before, _, after = text.partition("batch ")
+    assert "starting" in before
+    assert after
+    assert "loading" not in after
     assert "line 1 (line-1) failed: too long" in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
     last = text.splitlines()[-1]

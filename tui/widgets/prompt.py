@@ -12,6 +12,8 @@ from textual.widgets import TextArea
 from tui.messages import PromptSubmitted
 from tui.text import pasted
 
+NEW_LINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
+
 
 class Prompt(TextArea):
     """Enter sends, Ctrl+J makes a new line; a paste of many lines stays one prompt."""
@@ -27,7 +29,6 @@ class Prompt(TextArea):
             super().__init__()
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+j,shift+enter,alt+enter", "new_line", "New line", show=False),
         Binding("pageup", "scroll('page_up')", "Scroll up", show=False),
         Binding("pagedown", "scroll('page_down')", "Scroll down", show=False),
         Binding("ctrl+home", "scroll('home')", "First message", show=False),
@@ -37,7 +38,7 @@ class Prompt(TextArea):
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, highlight_cursor_line=False, tab_behavior="focus")
 
-    def action_send(self) -> None:
+    def send(self) -> None:
         """Send the text, unless it is blank."""
         text = self.text.strip("\n")
         if not text.strip():
@@ -45,19 +46,17 @@ class Prompt(TextArea):
         self.load_text("")
         self.post_message(PromptSubmitted(text))
 
-    def action_new_line(self) -> None:
-        """Insert a new line where the cursor is."""
-        self.insert("\n")
-
     def action_scroll(self, how: str) -> None:
         """Hand a scroll key to the conversation."""
         self.post_message(self.ScrollWanted(how))
 
     def _on_key(self, event: events.Key) -> None:  # type: ignore[override]
-        # Enter is no priority binding: that would run before letters that still wait in the
-        # queue of this widget, and send a prompt without its end.
+        # Not bindings: those run in another queue, and may overtake letters that were typed
+        # before them and still wait in this widget's.
         if event.key == "enter":
-            self.action_send()
+            self.send()
+        elif event.key in NEW_LINE_KEYS:
+            self.insert("\n")
         elif event.character == "?" and not self.text:
             self.post_message(self.HelpWanted())
         else:

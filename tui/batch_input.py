@@ -139,6 +139,8 @@ def _clashes(requests: Iterable[BatchRequest]) -> Iterable[tuple[int, str]]:
 def _parse_line(number: int, raw: bytes) -> BatchRequest:
     record = _json_object(raw)
     custom_id = record.get("custom_id")
+    if custom_id is None and "body" not in record and isinstance(record.get("id"), str):
+        custom_id = record["id"]
     if custom_id is None:
         custom_id = f"line-{number}"
     elif not _text("custom_id", custom_id):
@@ -150,7 +152,7 @@ def _parse_line(number: int, raw: bytes) -> BatchRequest:
     body = record.get("body")
     short = "body" not in record
     if short:
-        body = {key: value for key, value in record.items() if key not in LINE_KEYS}
+        body = {key: value for key, value in record.items() if not _own_column(key)}
         if not any(key in body for key in ASKED):
             raise _LineError(
                 "needs 'body' (with 'url'), or the short form with 'prompt' or 'messages'"
@@ -278,12 +280,27 @@ def _params(body: Mapping[str, Any]) -> SamplingParams:
     )
 
 
+def _own_column(key: str) -> bool:
+    """In the short form: a key of the line itself, or data of the user's, such as a source.
+
+    What looks like a mistyped parameter is neither.
+    """
+    if key in LINE_KEYS:
+        return True
+    known = key in ASKED or key in HONOURED or key in HARMLESS or key in NEUTRAL
+    return not known and not _close_keys(key)
+
+
+def _close_keys(key: str) -> list[str]:
+    known = (*ASKED, *HONOURED, *LINE_KEYS)
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+
+
 def _check_key(key: str, value: Any) -> None:
     if key in ASKED or key in HONOURED or key in HARMLESS:
         return
     if key not in NEUTRAL:
-        known = (*ASKED, *HONOURED, *LINE_KEYS)
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        close = _close_keys(key)
         hint = f"; did you mean '{close[0]}'?" if close else "; own data may stand in 'metadata'"
         raise _LineError(f"unknown key '{key}'{hint}")
     # True equals 1 in Python, not in JSON.

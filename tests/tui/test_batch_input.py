@@ -36,6 +36,13 @@ def chat(**body: Any) -> dict[str, Any]:
 USER = (Message(role="user", content="hi"),)
 
 
+def test_the_short_form_may_carry_columns_of_the_users_own() -> None:
+    row = {"id": "q1", "source": "own", "messages": [{"role": "user", "content": "hi"}]}
+    (request,) = parse_requests("in.jsonl", json.dumps(row).encode())
+    assert request.custom_id == "q1"
+    assert "unknown key 'foo'" in refusal(json.dumps(chat(foo=1)))
+
+
 @pytest.mark.parametrize(
     ("record", "messages", "prompt"),
     [
@@ -191,7 +198,7 @@ def test_a_line_that_is_no_request_is_refused(record: Any, said: str) -> None:
         {"stop": ["a", "b", "c", "d", "e"]},
         {"stop": [1]},
         {"stop": {"a": 1}},
-        {"foo": 1},
+        {"temprature": 1},
     ],
     ids=json.dumps,
 )

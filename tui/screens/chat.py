@@ -69,9 +69,8 @@ class ChatScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """Title, conversation, prompt, figures, keys."""
         yield TitleBar()
-        with VerticalScroll(id="scroll", can_focus=False):
-            with Vertical(id="conversation"):
-                yield self._launch
+        with VerticalScroll(id="scroll", can_focus=False), Vertical(id="conversation"):
+            yield self._launch
         with Vertical(id="prompt-row"):
             yield Prompt(id="prompt")
         yield StatusLine()

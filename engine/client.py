@@ -60,7 +60,7 @@ TERMINATE_GRACE_S = 1.5
 # Seconds that torchrun has to take notice of its workers' end; it looks ten times a second.
 REAP_S = 0.3
 # Seconds that torchrun has to write how its workers ended.
-VERDICT_S = 1.5
+VERDICT_S = 3.0
 
 
 class EngineClient:
@@ -163,7 +163,7 @@ class EngineClient:
             on_batch=self._on_batch,
         )
         pid = launch.spawn()
-        self._post_mortem = PostMortem(launch.log_dir, pid)
+        self._post_mortem = PostMortem(launch.log_dir)
         self._queue.start(pid)
         self._beat()
         return await self._wait_ready()
@@ -229,8 +229,7 @@ class EngineClient:
         error = EngineError("the engine died")
         try:
             self._set_state(ClientState.DRAINING)
-            if not post_mortem.told_at_once:
-                await _wait(self._torchrun_gone, VERDICT_S)
+            await _until(lambda: self._torchrun_gone.is_set() or post_mortem.clear(), VERDICT_S)
             error = post_mortem.error(launch.exit_code())
         finally:
             self._release(error)

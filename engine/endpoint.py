@@ -84,8 +84,8 @@ class Endpoint:
     def send(self, event: Event) -> None:
         """Queue `event` for the client; from any thread, never blocks.
 
-        Telemetry and loading progress are latest-wins, old notices give way to new ones, and
-        everything else is delivered in order.
+        Telemetry and progress within a phase are latest-wins, notices beyond MAX_NOTICES are left
+        out, and everything else is delivered in order.
         """
         self._outbox.put(event)
 

@@ -22,17 +22,14 @@ class PostMortem:
 
     Args:
         log_dir: the launch's logs.
-        torchrun_pid: torchrun's process.
     """
 
-    def __init__(self, log_dir: Path, torchrun_pid: int) -> None:
+    def __init__(self, log_dir: Path) -> None:
         self._log_dir = log_dir
-        self._torchrun_pid = torchrun_pid
         self._rank_of: dict[int, int] = {}
         self._gone: list[int] = []
         self._last_words: dict[int, WorkerError] = {}
-        self.told_at_once = False
-        """Whether the first evidence was a worker's own last words: nothing else need be known."""
+        self._told_at_once = False  # the first evidence was a worker's own last words
 
     def reported(self, rank: int, pid: int) -> bool:
         """Note which process a rank is; False when that was known."""
@@ -51,8 +48,16 @@ class PostMortem:
 
     def last_words(self, rank: int, error: WorkerError) -> None:
         """A worker has said why it will end."""
-        self.told_at_once |= not self._gone and not self._last_words
+        self._told_at_once |= not self._gone and not self._last_words
         self._last_words.setdefault(rank, error)
+
+    def clear(self) -> bool:
+        """Whether nothing more need be waited for to name the cause."""
+        if self._told_at_once:
+            return True
+        first = self._rank_of.get(self._gone[0])
+        verdict = exit_codes(self._log_dir)
+        return first in verdict or any(pid not in self._rank_of for pid, _ in verdict.values())
 
     def error(self, torchrun_exit: int | None) -> EngineError:
         """The error to show.
@@ -72,7 +77,7 @@ class PostMortem:
 
     def _cause(self, torchrun_exit: int | None) -> int | None:
         """The rank that went first; None when it was torchrun."""
-        if self.told_at_once:
+        if self._told_at_once:
             return next(iter(self._last_words))
         verdict = exit_codes(self._log_dir)
         first = self._rank_of.get(self._gone[0])

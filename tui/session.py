@@ -27,6 +27,7 @@ class Client(Protocol):
     def submit(self, *, messages: Sequence[Message]) -> RequestStream: ...
     def cancel(self, request_id: str) -> None: ...
     async def stop(self) -> None: ...
+    def kill_now(self) -> None: ...
 
 
 ClientFactory = Callable[[JupiterConfig, "Callable[[Update], None]"], Client]
@@ -90,6 +91,11 @@ class EngineSession:
         self._change(self.snapshot.stopping())
         if self._client is not None:
             await self._client.stop()
+
+    def kill_now(self) -> None:
+        """Kill every process of the engine at once; from any thread, when the loop hangs."""
+        if self._client is not None:
+            self._client.kill_now()
 
     def _stopped(self) -> bool:
         return self.snapshot.phase == "stopping"

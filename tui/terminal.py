@@ -70,20 +70,24 @@ def _end_on_signals(app: JupiterApp, loop: asyncio.AbstractEventLoop) -> None:
 
     def end(signum: int, _: FrameType | None) -> None:
         if signum == signal.SIGHUP:
-            _detach_from_lost_terminal(128 + signum)
+            _detach_from_lost_terminal(app, 128 + signum)
         loop.call_soon_threadsafe(app.end_run, 128 + signum)
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, end)
 
 
-def _detach_from_lost_terminal(code: int) -> None:
+def _detach_from_lost_terminal(app: JupiterApp, code: int) -> None:
     """Let what is still written go nowhere; a write to a closed terminal would block the loop.
 
-    The deadline covers a write that failed just before: the engine then ends by itself, because
-    its client has gone.
+    The deadline covers a write that failed just before.
     """
-    deadline = threading.Timer(STOP_LIMIT_S, os._exit, (code,))
+
+    def give_up() -> None:
+        app.session.kill_now()
+        os._exit(code)
+
+    deadline = threading.Timer(STOP_LIMIT_S, give_up)
     deadline.daemon = True
     deadline.start()
     silent, _ = os.pipe()  # its other end stays open: reading waits, as on a quiet keyboard

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from engine.checkpoint.head_layouts import (
@@ -56,6 +58,22 @@ class HeadReader:
         """Canonical names of all parts, biases included."""
         return head_names(self.spec.num_heads, self.spec)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a part that `tensor` gives."""
+        spec = self.spec
+        if ".linear." not in name:
+            return (spec.vocab_size or 0, spec.hidden_size)
+        return (spec.hidden_size,) * (2 if name.endswith("weight") else 1)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a part that `tensor` gives."""
+        return self._reader.dtype(self._stored_weight(name))
+
+    def _stored_weight(self, name: str) -> str:
+        """The stored name of a part; of the block's weight for a bias that is left out."""
+        names = self.layout.names
+        return names[name] if name in names else names[name.removesuffix("bias") + "weight"]
+
     def tensor(self, name: str) -> Tensor:
         """A part by its canonical name.
 
@@ -65,8 +83,7 @@ class HeadReader:
         if name not in self.layout.names:
             if name not in self.keys():
                 raise CheckpointError(f"{self.path}: tensor {name} is missing")
-            weight = self.layout.names[name.removesuffix("bias") + "weight"]
-            return self._reader.tensor(weight).new_zeros(self.spec.hidden_size)
+            return torch.zeros(self.spec.hidden_size, dtype=self.dtype(name))
         tensor = self._reader.tensor(self.layout.names[name])
         is_output = ".linear." not in name
         if is_output and self.token_map is not None and len(tensor) > len(self.token_map):
@@ -146,11 +163,14 @@ def write_heads(
         config["base_model_name_or_path"] = base_model
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / (SINGLE_FILE if layout == "vllm" else HEAD_FILES[0])
-    partial = file.with_name(f".{file.name}.partial")
-    entries = [tensor_entry(name, tensor.detach().cpu) for name, tensor in named.items()]
-    for _ in write_file(partial, entries):
+    unfinished = file.with_name(f".{file.name}.partial")
+    entries = [
+        tensor_entry(name, tuple(tensor.shape), tensor.dtype, partial(Tensor.detach, tensor))
+        for name, tensor in named.items()
+    ]
+    for _ in write_file(unfinished, entries):
         pass
-    partial.replace(file)
+    unfinished.replace(file)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

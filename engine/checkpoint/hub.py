@@ -103,14 +103,21 @@ def _reporting_bar(repo: str, progress: Callable[[str], None]) -> Any:
     """A progress bar class that reports bytes to `progress` and draws nothing."""
     from huggingface_hub.utils.tqdm import tqdm
 
+    told = ""
+
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.update(file=io.StringIO(), mininterval=1.0, disable=False)
             super().__init__(*args, **kwargs)
 
         def display(self, *_: Any, **__: Any) -> None:
-            if self.unit == "B" and self.n:
-                total = f" of {self.total / 1e6:.0f}" if self.total else ""
-                progress(f"downloading {repo}: {self.n / 1e6:.0f}{total} MB")
+            nonlocal told
+            if self.unit != "B" or not self.n:
+                return  # the bar that counts files
+            total = f" of {self.total / 1e6:.0f}" if self.total else ""
+            message = f"downloading {repo}: {self.n / 1e6:.0f}{total} MB"
+            if message != told:
+                told = message
+                progress(message)
 
     return Bar

@@ -33,7 +33,7 @@ def load_weights(
 
     The keys of its state dict are the global names of the checkpoint in `folder`. `medusa_head.*`
     come from the checkpoint of heads at `heads`, or from `folder` itself where it is a merged
-    model. Tensors are mapped and copied one by one, so the peak is about the stage's own size.
+    model. Tensors are read one by one, so the peak is about the stage's own size.
 
     Args:
         dtype: of all parameters; device: where they go.
@@ -54,8 +54,8 @@ def load_weights(
                 f"but the model needs {list(shapes[found.name])}"
             )
         if found.source not in loaded:  # tied weights are one parameter under two names
-            copy = torch.empty(found.tensor.shape, dtype=dtype, device=device).copy_(found.tensor)
-            loaded[found.source] = nn.Parameter(copy, requires_grad=False)
+            moved = found.tensor.to(device, dtype).contiguous()
+            loaded[found.source] = nn.Parameter(moved, requires_grad=False)
         owner, _, attribute = found.name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, loaded[found.source])
 

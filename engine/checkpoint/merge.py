@@ -71,15 +71,23 @@ def merge(
 def _base_entries(base: WeightReader, dtype: torch.dtype | None) -> Iterator[Entry]:
     for name in sorted(base.keys(), key=base.file):
         if not name.startswith(HEADS):  # heads merged earlier make way
-            yield tensor_entry(name, partial(base.tensor, name), dtype)
+            kind = _choose(base.dtype(name), dtype)
+            yield tensor_entry(name, base.shape(name), kind, partial(base.tensor, name))
 
 
-def _head_entries(reader: HeadReader, count: int, dtype: torch.dtype | None) -> Iterator[Entry]:
-    for name in head_names(count, reader.spec):
-        yield tensor_entry(name, partial(reader.tensor, name), dtype)
-    token_map = reader.token_map
+def _head_entries(heads: HeadReader, count: int, dtype: torch.dtype | None) -> Iterator[Entry]:
+    for name in head_names(count, heads.spec):
+        kind = _choose(heads.dtype(name), dtype)
+        yield tensor_entry(name, heads.shape(name), kind, partial(heads.tensor, name))
+    token_map = heads.token_map
     if token_map is not None:
-        yield tensor_entry(f"{HEADS}token_map", lambda: token_map)
+        shape = tuple(token_map.shape)
+        yield tensor_entry(f"{HEADS}token_map", shape, token_map.dtype, lambda: token_map)
+
+
+def _choose(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """Weights are converted where a dtype is wanted; integers stay as they are."""
+    return wanted if wanted is not None and stored.is_floating_point else stored
 
 
 def _copy_texts(folder: Path, output: Path) -> None:

@@ -8,10 +8,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint.safetensors_file import read_shapes
+from engine.checkpoint.safetensors_file import read_index
+from engine.checkpoint.tensor_entry import dtype_of, read_tensor
 from engine.checkpoint.weight_files import find_weights
 from engine.errors import CheckpointError
 
@@ -19,8 +19,8 @@ from engine.errors import CheckpointError
 class WeightReader:
     """The tensors of one checkpoint by name.
 
-    They are memory-mapped: only what is touched is read. One file is open at a time, so ask for
-    tensors in the order of their files.
+    Only tensors that are asked for are read. One file is open at a time, so ask in the order of
+    the files.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,23 +61,24 @@ class WeightReader:
             raise CheckpointError(f"{path}: tensor {key} is missing, though the index names it")
         return shapes[key]
 
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of `key` as it is stored; CheckpointError as for `tensor`."""
+        self.shape(key)
+        return self._file(self.file(key)).dtype(key)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape."""
         return {key: self.shape(key) for key in sorted(self._index, key=self.file)}
 
     def tensor(self, key: str) -> Tensor:
-        """The tensor `key` as it is stored, on the CPU, mapped from its file.
+        """The tensor `key` as it is stored, on the CPU and in memory of its own.
 
         Raises:
             CheckpointError: it is missing, or its file is missing, cut short or not loadable;
                 the message names the file.
         """
         self.shape(key)
-        path = self.file(key)
-        try:
-            return self._file(path).tensor(key)
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise CheckpointError(f"{path}: tensor {key} cannot be read: {error}") from None
+        return self._file(self.file(key)).tensor(key)
 
     def _file(self, path: Path) -> _File:
         if self._open is None or self._open[0] != path:
@@ -91,14 +92,19 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.shapes: dict[str, tuple[int, ...]]
+        self.dtype: Callable[[str], torch.dtype]
         self.tensor: Callable[[str], Tensor]
         if path.suffix == ".safetensors":
-            self.shapes = read_shapes(path)
-            self.tensor = safe_open(path, framework="pt", device="cpu").get_tensor
+            index = read_index(path)
+            self.shapes = {key: stored.shape for key, stored in index.items()}
+            self.dtype = lambda key: dtype_of(path, index[key])
+            self.tensor = lambda key: read_tensor(path, index[key])
         else:
             tensors = _load_torch_file(path)
             self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-            self.tensor = tensors.__getitem__
+            self.dtype = lambda key: tensors[key].dtype
+            # Copied out of the mapped file, so that the file can be let go.
+            self.tensor = lambda key: tensors[key].clone()
 
 
 def _load_torch_file(path: Path) -> dict[str, Tensor]:

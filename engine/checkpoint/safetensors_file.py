@@ -24,8 +24,18 @@ INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 4 << 30
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by tensor name, after checking that the file is whole.
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: `dtype` by the format's name, `start` and `end` in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_index(path: Path) -> dict[str, Stored]:
+    """The tensors of a file by name, after checking that the file is whole.
 
     Raises:
         CheckpointError: naming the file when it is missing, damaged or cut short.
@@ -38,27 +48,42 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     header.pop("__metadata__", None)
     try:
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
-    except (TypeError, KeyError, IndexError, AttributeError, ValueError):
+        stored = {name: _stored(entry, start) for name, entry in header.items()}
+    except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{path}: damaged: its header describes no tensors") from None
-    if size != start + end:
-        what = "cut short" if size < start + end else "too long"
-        raise CheckpointError(f"{path}: {what}: {size} bytes instead of {start + end}")
-    return shapes
+    end = max((tensor.end for tensor in stored.values()), default=start)
+    if size != end:
+        what = "cut short" if size < end else "too long"
+        raise CheckpointError(f"{path}: {what}: {size} bytes instead of {end}")
+    return stored
+
+
+def _stored(entry: Any, start: int) -> Stored:
+    begin, end = map(int, entry["data_offsets"])
+    shape = tuple(map(int, entry["shape"]))
+    dtype = str(entry["dtype"])
+    expected = ITEM_BYTES.get(dtype, 0) * math.prod(shape)
+    if not 0 <= begin <= end or min(shape, default=0) < 0:
+        raise ValueError("offsets out of order")
+    if dtype in ITEM_BYTES and end - begin != expected:
+        raise ValueError("offsets and shape disagree")
+    return Stored(dtype, shape, start + begin, start + end)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by tensor name; raises as `read_index`."""
+    return {name: tensor.shape for name, tensor in read_index(path).items()}
 
 
 def read_integers(path: Path, name: str) -> tuple[int, ...]:
-    """The values of an integer tensor of a file that `read_shapes` found whole."""
+    """The values of the integer tensor `name`; raises as `read_index`."""
+    tensor = read_index(path)[name]
+    code = {"I64": "q", "I32": "i"}.get(tensor.dtype)
+    if code is None:
+        raise CheckpointError(f"{path}: tensor {name} must hold integers, not {tensor.dtype}")
     with path.open("rb") as file:
-        header, start = _read_header(file, path)
-        entry = header[name]
-        code = {"I64": "q", "I32": "i"}.get(entry["dtype"])
-        if code is None:
-            raise CheckpointError(f"{path}: tensor {name} must hold integers, not {entry['dtype']}")
-        begin, end = entry["data_offsets"]
-        file.seek(start + begin)
-        data = file.read(end - begin)
+        file.seek(tensor.start)
+        data = file.read(tensor.end - tensor.start)
     return struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data)
 
 

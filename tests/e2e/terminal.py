@@ -101,6 +101,10 @@ class Terminal:
         """Type `keys`, as the bytes that a terminal would send."""
         self._child.send(keys)
 
+    def close_window(self) -> None:
+        """Take the terminal away, as a closed window or a lost connection does."""
+        self._child.ptyproc.fileobj.close()
+
     def wait_for(self, what: str | Callable[[str], object], timeout: float = 30.0) -> str:
         """Wait until the screen has the text `what` (or until it is true of it); the screen."""
         seen = (lambda screen: what in screen) if isinstance(what, str) else what
@@ -117,9 +121,10 @@ class Terminal:
     def wait_exit(self, timeout: float = 10.0) -> int:
         """Wait for the end of the program; its exit code, or minus the signal that ended it."""
         deadline = time.monotonic() + timeout
-        while self._read(deadline - time.monotonic()):
+        while not self._child.ptyproc.fileobj.closed and self._read(deadline - time.monotonic()):
             if time.monotonic() >= deadline:
                 raise AssertionError(self._told(f"still running after {timeout:g} s"))
+        psutil.Process(self.pid).wait(max(0.0, deadline - time.monotonic()))
         self._child.wait()
         code = self._child.exitstatus
         return int(-self._child.signalstatus if code is None else code)

@@ -21,7 +21,10 @@ from engine.launch import Launch
 from engine.processes import ProcessHandle, wait_all_gone
 from tests import fake_worker
 
+# Within so many seconds every process has to be gone.
 DEADLINE_S = 5.0
+# How long a test waits for what has to come, on however busy a machine.
+PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ class FakeEngine:
 
     async def seen(self, test: Callable[[Update], bool]) -> Update:
         """The first update for which `test` holds, those of before included."""
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 for update in self.updates:
                     if test(update):

@@ -58,7 +58,8 @@ def test_tensors_are_read_by_name(tmp_path: Path, kind: str, sharded: bool) -> N
         assert sorted(reader.keys()) == sorted(TENSORS)
         assert reader.shapes() == {key: tuple(t.shape) for key, t in TENSORS.items()}
         for key, tensor in TENSORS.items():
-            assert key in reader and reader.tensor(key).dtype == tensor.dtype
+            assert key in reader
+            assert reader.dtype(key) == reader.tensor(key).dtype == tensor.dtype
             assert torch.equal(reader.tensor(key), tensor)
         with pytest.raises(CheckpointError, match=r"tensor z\.weight is missing"):
             reader.tensor("z.weight")
@@ -85,6 +86,12 @@ def test_a_file_cut_short_is_named(tmp_path: Path, kind: str, kept: float) -> No
         assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
 
 
+def header(entry: object) -> bytes:
+    """A safetensors file that describes one tensor of four bytes so."""
+    text = json.dumps({"a": entry}).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(4)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -93,6 +100,11 @@ def test_a_file_cut_short_is_named(tmp_path: Path, kind: str, kept: float) -> No
         struct.pack("<Q", 2) + b"[]",
         struct.pack("<Q", 11) + b'{"a": "b"} ',
         struct.pack("<Q", 1 << 60),
+        header({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}),
+        header({"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}),
+        header({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}),
+        header({"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}),
+        header({"dtype": "F32", "shape": [1], "data_offsets": [0]}),
     ],
 )
 def test_what_is_no_safetensors_file_is_named(tmp_path: Path, data: bytes) -> None:
@@ -118,7 +130,9 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path, name: str) -> 
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"weight_map": 3}', "{}", pytest.param("[" * 100_000, id="deep")]
+)
 def test_a_damaged_index_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json: damaged"):
@@ -148,7 +162,10 @@ def test_a_torch_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_written_in_shards_reads_the_same_elsewhere(tmp_path: Path) -> None:
-    entries = [tensor_entry(name, tensor.clone) for name, tensor in TENSORS.items()]
+    entries = [
+        tensor_entry(name, tuple(tensor.shape), tensor.dtype, tensor.clone)
+        for name, tensor in TENSORS.items()
+    ]
     counts: list[tuple[int, int]] = []
     write_sharded(tmp_path, entries, shard_bytes=30, written=lambda *n: counts.append(n))
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -161,6 +178,13 @@ def test_what_is_written_in_shards_reads_the_same_elsewhere(tmp_path: Path) -> N
     ours = open_checkpoint(tmp_path)
     for name, tensor in TENSORS.items():
         assert torch.equal(read[name], tensor) and torch.equal(ours.tensor(name), tensor)
+
+
+def test_numbers_of_an_unsupported_kind_are_named(tmp_path: Path) -> None:
+    entry = {"dtype": "F8_E5M2", "shape": [4], "data_offsets": [0, 4]}
+    (tmp_path / "model.safetensors").write_bytes(header(entry))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: numbers of kind F8_E5M2"):
+        open_checkpoint(tmp_path).tensor("a")
 
 
 def test_integers_are_read_without_torch(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where models come from: folders, GGUF files, packages, the hub; made once, whole or not at all."""
+"""Where models come from: folders, GGUF files, packages, the hub; made once, and whole."""
 
 from __future__ import annotations
 

@@ -202,8 +202,8 @@ def test_with_original_lm_head_in_the_config_all_heads_share_one(tmp_path: Path)
     write_heads(tmp_path, random_heads(1), "vllm")
     (tmp_path / "config.json").write_text('{"original_lm_head": true}')
     assert inspect_heads(tmp_path).shared_lm_head
-    assert_same(read_heads(tmp_path), random_heads(1, outputs=None) | read_heads(tmp_path))
-    assert len(read_heads(tmp_path)) == 2 * HEADS
+    blocks = {name: t for name, t in random_heads(1).items() if ".linear." in name}
+    assert_same(read_heads(tmp_path), blocks)
 
 
 @pytest.mark.parametrize(

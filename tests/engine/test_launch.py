@@ -131,7 +131,7 @@ def test_torchruns_log_tells_how_workers_ended_the_cause_first(tmp_path: Path) -
 
 def test_a_rank_that_torchrun_stopped_for_another_is_not_the_cause(tmp_path: Path) -> None:
     torchrun_log(tmp_path).write_text(TORCHRUN_LOG)
-    post_mortem = PostMortem(tmp_path, torchrun_pid=100)
+    post_mortem = PostMortem(tmp_path)
     post_mortem.reported(0, 101)  # rank 1 died before it could report
     post_mortem.gone(101)
     assert "rank 1 (process 102) was killed by SIGKILL" in str(post_mortem.error(1))
@@ -139,7 +139,7 @@ def test_a_rank_that_torchrun_stopped_for_another_is_not_the_cause(tmp_path: Pat
 
 def test_the_rank_seen_to_go_first_is_the_cause(tmp_path: Path) -> None:
     torchrun_log(tmp_path).write_text(TORCHRUN_LOG)
-    post_mortem = PostMortem(tmp_path, torchrun_pid=100)
+    post_mortem = PostMortem(tmp_path)
     post_mortem.reported(0, 101)
     post_mortem.reported(1, 102)
     post_mortem.gone(102)
@@ -152,7 +152,7 @@ def test_torchrun_told_to_stop_from_outside_is_said_so(tmp_path: Path) -> None:
         "torch.distributed.elastic.multiprocessing.api.SignalException: "
         "Process 100 got signal: 15\n"
     )
-    post_mortem = PostMortem(tmp_path, torchrun_pid=100)
+    post_mortem = PostMortem(tmp_path)
     post_mortem.reported(0, 101)
     post_mortem.gone(101)
     assert str(post_mortem.error(1)) == "torchrun was told to stop by SIGTERM"
@@ -160,7 +160,7 @@ def test_torchrun_told_to_stop_from_outside_is_said_so(tmp_path: Path) -> None:
 
 def test_torchrun_that_fails_by_itself_is_told_with_its_last_lines(tmp_path: Path) -> None:
     torchrun_log(tmp_path).write_text("No module named torch\n")
-    post_mortem = PostMortem(tmp_path, torchrun_pid=100)
+    post_mortem = PostMortem(tmp_path)
     post_mortem.gone(100)
     message = str(post_mortem.error(1))
     assert message.startswith("torchrun ended with exit code 1; the end of ")

@@ -70,6 +70,9 @@ class FakeClient:
         if not self._started.done():
             self._started.set_exception(EngineError("the engine was stopped"))
 
+    def kill_now(self) -> None:
+        raise AssertionError("only for a loop that hangs")
+
     # --- what the test plays -----------------------------------------------------------------
 
     def event(self, body: Event, rank: int = 0) -> None:

@@ -106,6 +106,9 @@ async def test_a_new_conversation_forgets_the_old_one_and_its_late_tokens() -> N
         await chat.ready()
         await chat.ask("old")
         old = chat.client.request
+        chat.client.tokens("```\nold words")
+        await chat.shows("old words")
+        chat.client.tokens("\nmore old words")
         await chat.pilot.press("ctrl+n")
         assert chat.client.cancelled == [old.request_id]
         chat.client.tokens("late words")

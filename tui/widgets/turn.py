@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from textual.app import ComposeResult
 from textual.await_complete import AwaitComplete
@@ -15,7 +16,7 @@ from tui.conversation import Ending, Exchange
 from tui.text import harmless, log_text
 from tui.themes import DIM
 
-DRAIN_TIMEOUT_S = 2.0
+DRAIN_TIMEOUT_S = 10.0
 SHOWN_LINES = 14
 
 
@@ -79,14 +80,24 @@ class AnswerTurn(Vertical):
         self._written += len(safe)
         await self._stream.write(safe)
 
+    async def on_unmount(self) -> None:
+        """A turn that is removed while it streams leaves no task behind."""
+        await self._stop_stream()
+
+    async def _stop_stream(self) -> None:
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            await stream.stop()
+
     async def end(self, ending: Ending) -> None:
         """Render what is left and mark how the answer ended."""
         if self._stream is not None:
             # A stream that is stopped with text still waiting would append it while an append
             # is under way, and render lines twice; so wait until it has handed over all.
-            await asyncio.wait_for(self._markdown.has_source(self._written), DRAIN_TIMEOUT_S)
-            await self._stream.stop()
-            self._stream = None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                    await self._markdown.has_source(self._written)
+            await self._stop_stream()
         elif ending is Ending.STOP:
             self.show_note("(an empty answer)")
             return

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.heads import HeadSpec, inspect_heads
 from engine.checkpoint.load import load_weights
-from engine.checkpoint.preflight import preflight
-from engine.checkpoint.sources import local_folder
+from engine.checkpoint.preflight import find_heads, preflight
 from engine.config import JupiterConfig
 from engine.decoding.tree import Tree, choose_tree
 from engine.errors import ConfigError
@@ -47,8 +45,11 @@ def make_plan(config: JupiterConfig, folder: Path) -> Plan:
     Raises ConfigError or CheckpointError.
     """
     model = preflight(config, folder)
-    heads_path = _heads_path(config, folder)
-    heads = NO_HEADS if heads_path is None else _head_shape(inspect_heads(heads_path), config)
+    found = find_heads(config, folder)
+    heads, heads_path = NO_HEADS, None
+    if found is not None:
+        heads_path, spec = found
+        heads = HeadShape(spec.num_heads, spec.num_layers, spec.vocab_size, spec.token_map)
     return Plan(
         config=config,
         folder=folder,
@@ -110,24 +111,6 @@ def build_stage(
     )
     _warm_up(stage, plan.model.hidden_size)
     return stage
-
-
-def _heads_path(config: JupiterConfig, folder: Path) -> Path | None:
-    if config.medusa_head_path is None or config.medusa_num_heads == 0:
-        return None
-    return local_folder(config.medusa_head_path)
-
-
-def _head_shape(spec: HeadSpec, config: JupiterConfig) -> HeadShape:
-    count = spec.num_heads
-    if config.medusa_num_heads is not None:
-        count = min(count, config.medusa_num_heads)
-    return HeadShape(
-        num_heads=count,
-        num_layers=spec.num_layers,
-        vocab_size=None if spec.shared_lm_head else spec.vocab_size,
-        token_map=spec.token_map,
-    )
 
 
 def _warm_up(stage: Stage, hidden_size: int) -> None:

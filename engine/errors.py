@@ -16,6 +16,8 @@ class ExitCode(IntEnum):
     """Bad usage, configuration, checkpoint or input file; nothing ran."""
     ENGINE_FAILED = 3
     """The engine did not start, or died while working."""
+    STAGE_LOST = 4
+    """Of a worker: it lost its neighbour, which is the one to look at."""
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -57,3 +59,5 @@ class EngineError(JupiterError):
 
 class StageLostError(EngineError):
     """A neighbouring stage is gone: the cause is to be found there, not here."""
+
+    exit_code = ExitCode.STAGE_LOST

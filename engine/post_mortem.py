@@ -14,6 +14,10 @@ from engine.protocol import WorkerError
 _GOT_SIGNAL = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
 
 
+# Ranks that end so have followed another: they lost their neighbour, or torchrun stopped them.
+_FOLLOWED = (ExitCode.STAGE_LOST, -signal.SIGTERM)
+
+
 class PostMortem:
     """Evidence about an end, in the order in which it was seen.
 
@@ -57,7 +61,9 @@ class PostMortem:
             return True
         first = self._rank_of.get(self._gone[0])
         verdict = exit_codes(self._log_dir)
-        return first in verdict or any(pid not in self._rank_of for pid, _ in verdict.values())
+        if any(pid not in self._rank_of for pid, _ in verdict.values()):
+            return True
+        return first in verdict and verdict[first][1] not in _FOLLOWED
 
     def error(self, torchrun_exit: int | None) -> EngineError:
         """The error to show.
@@ -86,10 +92,14 @@ class PostMortem:
                 return None
             # torchrun ended in order, so one that had not yet reported was the cause.
             return next(iter([*self._last_words, *verdict]), None)
-        named = next((rank for rank in verdict if verdict[rank][1] != -signal.SIGTERM), None)
-        # What went first in our eyes may have been stopped by torchrun for one that never reported.
-        unseen = named is not None and verdict[named][0] not in self._rank_of
-        return named if unseen else first
+        named = next((rank for rank in verdict if verdict[rank][1] not in _FOLLOWED), None)
+        if named is None:
+            return first
+        # What went first in our eyes may have followed another: one that never reported, or one
+        # whose end the kernel told us of a moment later.
+        unseen = verdict[named][0] not in self._rank_of
+        followed = first in verdict and verdict[first][1] in _FOLLOWED
+        return named if unseen or followed else first
 
     def _said(self, rank: int) -> EngineError | None:
         words = self._last_words.get(rank)

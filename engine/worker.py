@@ -43,7 +43,7 @@ def _work(run: dict[str, str], rank: int, local_rank: int, endpoint: Endpoint) -
     except StageLostError as error:
         # Not a WorkerError: the cause is another rank, which is reported in its own right.
         print(error, file=sys.stderr)
-        return ExitCode.ENGINE_FAILED
+        return error.exit_code
     except JupiterError as error:
         print(error, file=sys.stderr)
         endpoint.send(WorkerError(message=str(error), exit_code=error.exit_code))

@@ -19,7 +19,7 @@ from engine.config import JupiterConfig
 if TYPE_CHECKING:
     from tui.app import JupiterApp
 
-STOP_LIMIT_S = 6.0
+STOP_LIMIT_S = 5.0
 # Mouse, focus and paste reports, in-band resize and the kitty keyboard off; line wrap, main screen
 # and cursor back; colours reset.
 RESTORE = (
@@ -90,10 +90,8 @@ def _detach_from_lost_terminal(app: JupiterApp, code: int) -> None:
     deadline = threading.Timer(STOP_LIMIT_S, give_up)
     deadline.daemon = True
     deadline.start()
-    silent, _ = os.pipe()  # its other end stays open: reading waits, as on a quiet keyboard
-    os.dup2(silent, 0)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
 
 

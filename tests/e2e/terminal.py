@@ -11,6 +11,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,12 +20,27 @@ import pexpect
 import psutil
 import pyte
 
+from engine.processes import ProcessHandle, wait_all_gone
+
 JUPITER_TUI = str(Path(sys.executable).with_name("jupiter-tui"))
 ROOT = Path(__file__).parents[2]
 ENTER, ESCAPE, CTRL_J, CTRL_N, CTRL_Q, CTRL_R = "\r", "\x1b", "\n", "\x0e", "\x11", "\x12"
 ALTERNATE_SCREEN, MAIN_SCREEN = b"\x1b[?1049h", b"\x1b[?1049l"
 SHOW_CURSOR = b"\x1b[?25h"
 QUIET_S = 0.2
+
+
+def wait_gone(processes: Sequence[psutil.Process], timeout: float) -> list[psutil.Process]:
+    """Wait for the end of `processes`, reaping none; those that are left after `timeout` s."""
+    handles: dict[psutil.Process, ProcessHandle] = {}
+    for process in processes:
+        with suppress(ProcessLookupError):
+            handles[process] = ProcessHandle(process.pid)
+    wait_all_gone(handles.values(), timeout)
+    left = [process for process, handle in handles.items() if not handle.gone()]
+    for handle in handles.values():
+        handle.close()
+    return left
 
 
 class Terminal:
@@ -121,18 +137,16 @@ class Terminal:
     def wait_exit(self, timeout: float = 10.0) -> int:
         """Wait for the end of the program; its exit code, or minus the signal that ended it."""
         deadline = time.monotonic() + timeout
-        while not self._child.ptyproc.fileobj.closed and self._read(deadline - time.monotonic()):
+        while self._read(deadline - time.monotonic()):
             if time.monotonic() >= deadline:
                 raise AssertionError(self._told(f"still running after {timeout:g} s"))
-        psutil.Process(self.pid).wait(max(0.0, deadline - time.monotonic()))
         self._child.wait()
         code = self._child.exitstatus
         return int(-self._child.signalstatus if code is None else code)
 
     def wait_gone(self, timeout: float = 5.0) -> None:
         """Wait until no process of the run is left."""
-        _, left = psutil.wait_procs(self.processes(), timeout)
-        left += self.processes()
+        left = wait_gone(self.processes(), timeout) + self.processes()
         if left:
             names = [" ".join(process.cmdline()) for process in left]
             raise AssertionError(self._told(f"left after {timeout:g} s: {names}"))

@@ -87,7 +87,7 @@ def test_a_stage_that_loses_its_neighbour_says_so_and_ends(config: Path) -> None
     for rank in (ranks[0], ranks[2]):
         rank.wait(timeout=30)  # rank 0's input stays open: this is no end that it was asked for
         _, stderr = rank.communicate()
-        assert rank.returncode == 3
+        assert rank.returncode == 4
         assert "lost a neighbour" in stderr
         assert "Traceback" not in stderr
     ranks[1].communicate()

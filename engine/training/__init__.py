@@ -1,1 +1,0 @@
-"""Training: arguments, data, and (torch) the trainer; see docs/training.md."""

@@ -6,7 +6,7 @@ likeliest of head 1. Node 0 is the root, the token already known. (Medusa, Cai e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,12 +88,19 @@ def build_tree(paths: Iterable[Sequence[int]], num_heads: int) -> Tree:
     )
 
 
-def choose_tree(choices: str | Sequence[Sequence[int]], num_heads: int) -> Tree:
-    """The tree that `medusa_choices` names; one node where there are no heads."""
+def choose_tree(
+    choices: str | Sequence[Sequence[int]],
+    num_heads: int,
+    own: Mapping[str, Sequence[Sequence[int]]] | None = None,
+) -> Tree:
+    """The tree that `medusa_choices` names; one node where there are no heads.
+
+    `own` are trees calibrated for these very heads; by name they go before the presets.
+    """
     if num_heads == 0:
         return ROOT_ONLY
     if isinstance(choices, str):
-        choices = PRESETS["mc_16" if choices == "auto" else choices]
+        choices = {**PRESETS, **(own or {})}["mc_16" if choices == "auto" else choices]
     return build_tree(choices, num_heads)
 
 

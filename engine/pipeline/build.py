@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.head_choices import read_choices
 from engine.checkpoint.load import load_weights
 from engine.checkpoint.preflight import find_heads, preflight
 from engine.config import JupiterConfig
@@ -56,7 +57,11 @@ def make_plan(config: JupiterConfig, folder: Path) -> Plan:
         model=model,
         heads=heads,
         heads_path=heads_path,
-        tree=choose_tree(config.medusa_choices, heads.num_heads),
+        tree=choose_tree(
+            config.medusa_choices,
+            heads.num_heads,
+            read_choices(heads_path) if heads_path is not None else None,
+        ),
         context_length=min(config.max_kv_cache_length, model.context_limit),
         dtype=getattr(torch, config.torch_dtype),
     )

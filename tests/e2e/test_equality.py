@@ -17,6 +17,8 @@ import torch
 from engine.checkpoint.heads import write_heads
 from engine.client import EngineClient
 from engine.config import JupiterConfig, load_config
+from engine.pipeline.batch import Entry, Judge
+from engine.pipeline.build import build_stage, make_plan
 from engine.protocol import Failed, Finished, Message, SamplingParams, Tokens
 
 PROMPTS = (
@@ -112,6 +114,30 @@ def check(reference: Reference, text: str, got: list[int]) -> None:
     gap = reference.gap(text, expected[:at])
     print(f"{text!r}: differs at token {at}, where the two best logits are {gap:.2e} apart")
     assert gap < NEAR_TIE, f"{text!r}: token {at} is {got[at]}, expected {expected[at]}"
+
+
+def test_logits_of_the_default_model_equal_transformers(
+    reference: Reference, default_model: Path
+) -> None:
+    """Whole and in chunks over three stages, float32."""
+    config = load_config(
+        str(Path(__file__).parents[2] / "config.json"), stages="7,15,8", assignments=["device=cpu"]
+    )
+    plan = make_plan(config, default_model)
+    device = torch.device("cpu")
+    stages = [build_stage(plan, rank, device, lambda done, total: None) for rank in range(3)]
+    ids = reference.prompt_ids(PROMPTS[-1])
+    with torch.inference_mode():
+        expected = reference.model(torch.tensor([ids])).logits[0]
+        got = []
+        for start in range(0, len(ids), 50):
+            tokens = ids[start : start + 50]
+            entry = Entry(0, start, tokens, list(range(-1, len(tokens) - 1)), Judge.LAST)
+            hidden = None
+            for stage in stages:
+                hidden = stage.run([entry], hidden)
+            got.append(stages[-1].model.lm_head(hidden))
+    torch.testing.assert_close(torch.cat(got), expected, atol=1e-4, rtol=0)
 
 
 async def ask(client: EngineClient, text: str) -> list[int]:

@@ -1,0 +1,64 @@
+"""Trees from what heads were right about: counts of rank paths, and what a tree would gain.
+
+A position's ranks say where the true tokens stood: ranks[h] is the place of the token h + 2 ahead
+among head h's candidates, or MISS. Under greedy decoding they tell exactly what any tree accepts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+MISS = -1
+"""The true token is not among the candidates."""
+
+Ranks = Sequence[int]
+Path = tuple[int, ...]
+
+
+def hit_path(ranks: Ranks) -> Path:
+    """The ranks up to the first miss: the longest path that a tree could have accepted."""
+    path: list[int] = []
+    for rank in ranks:
+        if rank == MISS:
+            break
+        path.append(rank)
+    return tuple(path)
+
+
+def best_choices(positions: Iterable[Ranks], nodes: int) -> list[list[int]]:
+    """The `nodes` paths that were accepted most often, with all their beginnings.
+
+    The expected number of accepted tokens is the sum of the nodes' frequencies, and no node is
+    more frequent than its parent; so the most frequent nodes are the best tree of that size.
+    """
+    counts: Counter[Path] = Counter()
+    for ranks in positions:
+        path = hit_path(ranks)
+        counts.update(path[:end] for end in range(1, len(path) + 1))
+    order = sorted(counts, key=lambda path: (-counts[path], len(path), path))
+    return [list(path) for path in order[:nodes]]
+
+
+def tokens_per_step(answers: Iterable[Sequence[Ranks]], choices: Iterable[Sequence[int]]) -> float:
+    """Tokens that a decode step emits on average with the tree of `choices`, greedily.
+
+    Args:
+        answers: per answer the ranks at each position from the prompt's last on, the position
+            of its last token left out.
+        choices: paths, as of `medusa_choices`.
+    """
+    tree = {tuple(path) for path in choices}
+    steps = tokens = 0
+    for positions in answers:
+        at = 0
+        while at < len(positions):
+            path = hit_path(positions[at])
+            while path and path not in tree:
+                path = path[:-1]
+            # At the answer's end there is nothing left to be right about.
+            emitted = min(len(path) + 1, len(positions) - at)
+            steps += 1
+            tokens += emitted
+            at += emitted
+    return tokens / steps if steps else float("nan")

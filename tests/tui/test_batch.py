@@ -410,7 +410,9 @@ def test_a_reader_that_stops_reading_ends_the_run_quietly(engine, job: Job, capf
 
 # An engine that answers the first request and no other; its stop never ends when told so.
 STUCK = """
-import asyncio, sys
+import asyncio, signal, sys
+# Whoever runs the tests may ignore hang-ups, as nohup does; the run would honour that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from tests.tui.test_batch import Engine, batch
 from tui import cli
 

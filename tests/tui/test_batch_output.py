@@ -156,24 +156,29 @@ def test_two_new_runs_on_the_same_output_do_not_mix(source: Path, tmp_path: Path
             second.begin()
 
 
-@pytest.fixture
-def small_files() -> Iterator[int]:
-    """No file may grow beyond this many bytes: what a full disk is like."""
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """No file may grow beyond this many bytes: what a full disk is like.
+
+    Only around the write itself: pytest's own output may be a file too.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    size = len(A) + len(B) // 2
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    yield size
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
-def test_a_full_disk_leaves_whole_lines(source: Path, tmp_path: Path, small_files: int) -> None:
+def test_a_full_disk_leaves_whole_lines(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     with BatchOutput(str(out), str(source), resume=False) as output:
         output.begin()
         write(output, A)
-        with pytest.raises(OutputLostError, match=r"out\.jsonl: cannot write: File too large"):
+        words = r"out\.jsonl: cannot write: File too large"
+        with small_files(len(A) + len(B) // 2), pytest.raises(OutputLostError, match=words):
             write(output, B)
         assert out.read_bytes() == A
 

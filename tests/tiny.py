@@ -42,7 +42,6 @@ def reference(kind: str = "llama", *, layers: int = 6, vocab: int = 260, **extra
     name, settings = KINDS[kind]
     config = getattr(transformers, f"{name}Config")(
         vocab_size=vocab,
-        hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,
         num_attention_heads=4,
@@ -51,7 +50,7 @@ def reference(kind: str = "llama", *, layers: int = 6, vocab: int = 260, **extra
         initializer_range=0.2,
         bos_token_id=None,
         eos_token_id=vocab - 1,
-        **{"tie_word_embeddings": False, **settings, **extra},
+        **{"hidden_size": 32, "tie_word_embeddings": False, **settings, **extra},
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()

@@ -205,8 +205,13 @@ class LlamaModel(nn.Module):
     def __init__(self, config: ModelConfig, layers: range, *, first: bool, last: bool) -> None:
         super().__init__()
         if first:
+            # Not left to torch: drawing numbers on the meta device loads its compiler, two seconds.
+            weight = torch.zeros(config.vocab_size, config.hidden_size)
             self.embed_tokens = nn.Embedding(
-                config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+                config.vocab_size,
+                config.hidden_size,
+                padding_idx=config.pad_token_id,
+                _weight=weight,
             )
         rotary_emb = LlamaRotaryEmbedding(config)
         self.layers = LayerRange(layers, (LlamaDecoderLayer(config, rotary_emb) for _ in layers))

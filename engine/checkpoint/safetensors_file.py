@@ -1,6 +1,6 @@
 """The safetensors container without torch: reading a header, checking a file, writing shards.
 
-Format (huggingface.co/docs/safetensors): 8 bytes little-endian length N, N bytes of JSON that map
+Format (safetensors documentation): 8 bytes little-endian length N, N bytes of JSON that map
 each name to {dtype, shape, data_offsets}, then the tensors' bytes without holes.
 """
 

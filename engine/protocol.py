@@ -168,6 +168,26 @@ class StageTelemetry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rows of them: every prefilled token and every tree node counts one."""
 
 
+class TrainingStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A step of a training run is done; from rank 0."""
+
+    iteration: int
+    total: int
+    """Steps of the whole run."""
+    loss: float
+    loss_per_head: tuple[float, ...]
+    lr: float
+    """Learning rate of the heads in this step."""
+    grad_norm: float
+    tokens_per_s: float
+    """Of all ranks together, in this step."""
+    memory_bytes: int
+    """As StageTelemetry.memory_bytes, of rank 0."""
+    elapsed_s: float
+    """Since the first step of this launch began."""
+    remaining_s: float
+
+
 class Notice(msgspec.Struct, frozen=True, tag=True):
     """Something a person should know; nothing has failed."""
 
@@ -189,6 +209,7 @@ Event = (
     | Finished
     | Failed
     | StageTelemetry
+    | TrainingStep
     | Notice
     | WorkerError
 )

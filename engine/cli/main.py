@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.errors import ExitCode, JupiterError
 
 COMMANDS = {
     "fetch": "bring a model into the cache and print its folder",
+    "medusa": "train Medusa heads (also: `medusa generate`, `medusa eval`)",
     "merge": "write base model and Medusa heads as one Hugging Face folder",
     "run": "answer one prompt in this process with the merged model",
     "stage": "run one stage by hand; start one per rank in separate shells",
@@ -21,9 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `jupiter COMMAND ...`; returns the exit code (see ExitCode).
 
     Each command is a module `engine.cli.<command>` with `add_arguments(parser)` and
-    `run(args) -> int`.
+    `run(args) -> int`, or with `main(words) -> int` where it reads its words itself.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        module = importlib.import_module(f"engine.cli.{words[0]}")
+        if hasattr(module, "main"):
+            return _guarded(words[0], lambda: int(module.main(words[1:])))
     parser = argparse.ArgumentParser(
         prog="jupiter",
         description="Staged, speculative LLM inference.",
@@ -35,10 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] == name:
             importlib.import_module(f"engine.cli.{name}").add_arguments(command)
     args = parser.parse_args(words)
+    module = importlib.import_module(f"engine.cli.{args.command}")
+    return _guarded(args.command, lambda: int(module.run(args)))
+
+
+def _guarded(command: str, work: Callable[[], int]) -> int:
+    """The exit code of `work`; what a user can cause is said in one line."""
     try:
-        return int(importlib.import_module(f"engine.cli.{args.command}").run(args))
+        return work()
     except JupiterError as error:
-        print(f"jupiter {args.command}: {error}", file=sys.stderr)
+        print(f"jupiter {command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED

@@ -1,0 +1,1 @@
+"""Training: arguments, data, and (torch) the trainer; see docs/training.md."""

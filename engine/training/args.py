@@ -1,0 +1,231 @@
+"""`TrainArguments`: everything a training run is told; see docs/training.md. Free of torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.config import load_config
+from engine.errors import ConfigError
+from engine.training.args_fields import arguments, show
+from engine.training.args_medusa import Layout, Medusa, SelfDistillation
+from engine.training.args_model import Model
+from engine.training.args_parse import parse
+from engine.training.args_run import Checkpoint, Distributed, Logging, Run
+from engine.training.args_training import (
+    Evaluation,
+    LearningRate,
+    MixedPrecision,
+    Regularization,
+    Training,
+)
+
+GROUPS: tuple[tuple[str, type], ...] = (
+    ("Data and run", Run),
+    ("Medusa", Medusa),
+    ("Self-distillation", SelfDistillation),
+    ("Training", Training),
+    ("Learning rate", LearningRate),
+    ("Regularization", Regularization),
+    ("Checkpoint", Checkpoint),
+    ("Distributed", Distributed),
+    ("Logging", Logging),
+    ("Evaluation", Evaluation),
+    ("Mixed precision", MixedPrecision),
+    ("Model", Model),
+)
+HEAD_DECAY = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(
+    Run,
+    Medusa,
+    SelfDistillation,
+    Training,
+    LearningRate,
+    Regularization,
+    Checkpoint,
+    Distributed,
+    Logging,
+    Evaluation,
+    MixedPrecision,
+    Model,
+):
+    """All argument groups in one; `args_resolve.with_model` fills in what is the model's to say."""
+
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+    """Names of the arguments that the user gave."""
+
+    @property
+    def dtype(self) -> str:
+        """What is computed with: "float32" or "bfloat16"."""
+        return "bfloat16" if self.bf16 else "float32"
+
+    @property
+    def layout(self) -> Layout:
+        """Layout in which the heads are written."""
+        return self.heads_layout or ("v2" if self.original_lm_head else "fasterdecoding")
+
+    @property
+    def head_weights(self) -> tuple[float, ...]:
+        """Weight of each head's loss."""
+        given = self.medusa_head_weights
+        return tuple(given or (HEAD_DECAY**head for head in range(self.medusa_num_heads)))
+
+    @property
+    def lowest_share(self) -> float:
+        """The lowest learning rate over the highest, for all that learns."""
+        return self.min_lr / (self.medusa_lr if self.medusa_objective == "medusa1" else self.lr)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model among `world_size` ranks."""
+        return world_size // self.pipeline_model_parallel_size
+
+    def accumulation_steps(self, dp_size: int) -> int:
+        """Micro-batches of each rank in one step."""
+        return self.global_batch_size // (self.micro_batch_size * dp_size)
+
+    def iterations(self, num_sequences: int) -> int:
+        """Steps of the run, for an epoch of so many sequences."""
+        if self.train_iters is not None:
+            return self.train_iters
+        epochs = self.num_train_epochs or 1.0
+        return max(1, math.ceil(epochs * num_sequences / self.global_batch_size))
+
+
+def parse_arguments(words: Sequence[str], prog: str = "jupiter medusa") -> TrainArguments:
+    """The arguments of a training command.
+
+    Args:
+        words: what follows the command; the first may be a JSON or YAML file of arguments.
+        prog: the command, for hints in errors.
+
+    Raises:
+        ConfigError: one line that names the argument and what would be right.
+    """
+    args, given = parse(words, TrainArguments)
+    args = dataclasses.replace(args, given=given)
+    if not args.dataset and args.generate is None:
+        raise ConfigError(f"--dataset: name the data files; see {prog} --help")
+    return args
+
+
+def validate(args: TrainArguments, world_size: int) -> None:
+    """Check the arguments against each other and the number of ranks.
+
+    Raises:
+        ConfigError: what does not fit, with the numbers.
+    """
+    _check_sizes(args, world_size)
+    _check_schedule(args)
+    _check_medusa(args)
+    if args.val_dataset and "split_dataset_ratio" in args.given and args.split_dataset_ratio:
+        raise ConfigError(
+            "--split_dataset_ratio: rows for evaluation are in --val_dataset; give one"
+        )
+
+
+def _check_sizes(args: TrainArguments, world_size: int) -> None:
+    stages = args.pipeline_model_parallel_size
+    if world_size % stages:
+        raise ConfigError(
+            f"--pipeline_model_parallel_size {stages}: does not divide the {world_size} "
+            f"{'process' if world_size == 1 else 'processes'} (NPROC_PER_NODE × NNODES)"
+        )
+    dp_size = args.data_parallel_size(world_size)
+    together = args.micro_batch_size * dp_size
+    if args.global_batch_size % together:
+        raise ConfigError(
+            f"--global_batch_size {args.global_batch_size}: is no multiple of {together} = "
+            f"micro_batch_size {args.micro_batch_size} × data-parallel size {dp_size}"
+        )
+    split = args.stage_num_hidden_layers_list
+    if split is not None and len(split) != stages:
+        raise ConfigError(
+            f"--stage_num_hidden_layers_list {show(split)}: names {len(split)} stages, "
+            f"but pipeline_model_parallel_size is {stages}"
+        )
+
+
+def _check_schedule(args: TrainArguments) -> None:
+    if args.train_iters is not None and args.num_train_epochs is not None:
+        raise ConfigError("--num_train_epochs: train_iters says the length already; give one")
+    name = "medusa_lr" if args.medusa_objective == "medusa1" else "lr"
+    if args.lowest_share > 1:
+        highest = show(getattr(args, name))
+        raise ConfigError(f"--min_lr {show(args.min_lr)}: is above {name} {highest}")
+    last = args.lr_decay_iters or args.train_iters
+    if last is not None and args.lr_warmup_iters > last:
+        raise ConfigError(
+            f"--lr_warmup_iters {args.lr_warmup_iters}: is more than the {last} steps in which "
+            "the rate reaches its lowest"
+        )
+
+
+def _check_medusa(args: TrainArguments) -> None:
+    weights = args.medusa_head_weights
+    if weights is not None and len(weights) != args.medusa_num_heads:
+        raise ConfigError(
+            f"--medusa_head_weights {show(weights)}: {len(weights)} weights for "
+            f"{args.medusa_num_heads} heads"
+        )
+    if args.medusa_objective == "medusa2" and args.cache_hidden_states is not None:
+        raise ConfigError("--cache_hidden_states: with medusa2 the base learns, so they change")
+    if args.layout == "v2" and not args.original_lm_head:
+        raise ConfigError("--heads_layout v2: holds heads that share lm_head only")
+    if args.layout == "fasterdecoding" and args.original_lm_head:
+        raise ConfigError(
+            "--heads_layout fasterdecoding: each head has an output layer in it; "
+            "set original_lm_head false, or use v2 or vllm"
+        )
+    own_part = args.truncated_vocab_size is not None and not args.original_lm_head
+    if own_part and args.layout != "vllm":
+        raise ConfigError(
+            f"--truncated_vocab_size {args.truncated_vocab_size}: output layers over a part of "
+            "the vocabulary need heads_layout vllm"
+        )
+
+
+def notes(args: TrainArguments) -> list[str]:
+    """What to tell once before the run: arguments that were given and have no effect here."""
+    known = arguments(TrainArguments)
+    told = []
+    for name in sorted(args.given, key=list(known).index):
+        instead = known[name].instead or _without_effect(args, name)
+        if instead is not None:
+            told.append(f"--{name} has no effect here: {instead}")
+    return told
+
+
+def _without_effect(args: TrainArguments, name: str) -> str | None:
+    """Why an argument says nothing beside the others that were given."""
+    if args.medusa_objective == "medusa1":
+        if name == "lr":
+            return "with medusa1 the base stays as it is; the heads learn at medusa_lr"
+        if name == "medusa_warmup_iters":
+            return "with medusa1 the heads always learn alone"
+    if name.startswith("adam_") and args.optimizer != "adam":
+        return f"the optimizer is {args.optimizer}"
+    if name == "sgd_momentum" and args.optimizer != "sgd":
+        return f"the optimizer is {args.optimizer}"
+    if name == "lr_decay_iters" and args.lr_decay_style == "constant":
+        return "lr_decay_style is constant"
+    if name in ("no_load_optim", "no_load_rng", "finetune") and args.load is None:
+        return "there is no load"
+    if name in arguments(SelfDistillation) and args.generate is None:
+        return "it goes with generate"
+    return None
+
+
+def model_source(args: TrainArguments) -> str:
+    """The base model: `model`, else that of Jupiter's config. Raises ConfigError."""
+    return args.model or load_config(args.config).base_model_name_or_path
+
+
+def as_json(args: TrainArguments) -> dict[str, Any]:
+    """The arguments by name, for args.json; `parse_arguments` reads such a file."""
+    return {name: getattr(args, name) for name in arguments(TrainArguments)}

@@ -1,0 +1,142 @@
+"""Arguments of where a run runs, what it writes and what it reads: Megatron-SWIFT's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.training.args_fields import LATER, Positive, PositiveInt, Share, arg
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What is saved and what is gone on with."""
+
+    save: str | None = arg(
+        None, "folder of the run folders", shown="`megatron_output/{model_suffix}`"
+    )
+    save_interval: PositiveInt = arg(
+        500, "steps from one checkpoint to the next; the end of the run always saves"
+    )
+    no_save_optim: bool = arg(False, "leave the optimizer's state out of checkpoints")
+    no_save_rng: bool = arg(False, "leave the random states out of checkpoints")
+    load: str | None = arg(None, "run folder (or iteration folder) to go on with")
+    no_load_optim: bool = arg(False, "do not take the optimizer's state from it")
+    no_load_rng: bool = arg(False, "do not take the random states from it")
+    finetune: bool = arg(False, "take only the weights from `load`; the run begins at step 0")
+    ckpt_format: Literal["torch_dist", "torch", "zarr"] = arg(
+        "torch_dist",
+        "each rank writes its own part; any number of ranks can go on with them",
+        only=["torch_dist"],
+        because="such checkpoints are not written",
+    )
+    no_initialization: bool = arg(
+        True,
+        "whether weights are made before they are loaded",
+        instead="weights that a checkpoint holds are never made first",
+    )
+    auto_detect_ckpt_format: bool = arg(
+        True, "whether the format is looked up", instead="there is one format"
+    )
+    exit_on_missing_checkpoint: bool = arg(
+        True, "an error when `load` holds no checkpoint; false: begin anew"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distributed:
+    """How the work is spread."""
+
+    distributed_backend: Literal["nccl", "gloo"] = arg(
+        "nccl", "gloo is taken wherever a rank has no GPU of its own"
+    )
+    use_distributed_optimizer: bool = arg(
+        True, "each data-parallel rank keeps and updates its part of the optimizer (ZeRO-1)"
+    )
+    tensor_model_parallel_size: PositiveInt = arg(
+        1, "ranks that share each layer", only=[1], because=f"tensor parallel training {LATER}"
+    )
+    pipeline_model_parallel_size: PositiveInt = arg(
+        1, "stages that the layers are split over; the split may be uneven"
+    )
+    stage_num_hidden_layers_list: list[PositiveInt] | None = arg(
+        None, "decoder layers of each pipeline stage", shown="as even as can be"
+    )
+    sequence_parallel: bool = arg(
+        False,
+        "split the rows between layers too",
+        only=[False],
+        because=f"it goes with tensor parallel training, which {LATER}",
+    )
+    context_parallel_size: PositiveInt = arg(
+        1, "ranks that share each sequence", only=[1], because=f"context parallel training {LATER}"
+    )
+    tp_comm_overlap: bool = arg(
+        False, "overlap of tensor parallel messages", instead="there are no such messages"
+    )
+    overlap_grad_reduce: bool = arg(
+        False, "reduce gradients during the backward", only=[False], because=f"overlap {LATER}"
+    )
+    overlap_param_gather: bool = arg(
+        False, "gather weights during the forward", only=[False], because=f"overlap {LATER}"
+    )
+    distributed_timeout_minutes: Positive = arg(
+        60.0, "a rank gives up on a neighbour that is silent for so long"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """What is told of a run."""
+
+    log_params_norm: bool = arg(True, "log the norm of the weights that learn")
+    log_throughput: bool = arg(True, "log tokens per second")
+    tensorboard_log_interval: PositiveInt = arg(1, "steps from one TensorBoard point to the next")
+    tensorboard_queue_size: PositiveInt = arg(50, "points kept in memory before they are written")
+    log_timers_to_tensorboard: bool = arg(True, "times of a step to TensorBoard")
+    no_log_learning_rate_to_tensorboard: bool = arg(False, "leave the learning rate out of it")
+    log_validation_ppl_to_tensorboard: bool = arg(True, "perplexity of evaluations to TensorBoard")
+    log_memory_to_tensorboard: bool = arg(True, "memory of the process to TensorBoard")
+    logging_level: Literal["debug", "info", "warning", "error"] | None = arg(
+        None, "what is told on stderr", shown="info", also=["logging_leval"]
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The data, and the folder of the run."""
+
+    dataset: list[str] = arg(
+        [], "data files, each `path[#N]`: N rows drawn with the seed", shown="required"
+    )
+    val_dataset: list[str] = arg([], "data files for evaluation, as `dataset`", shown="none")
+    split_dataset_ratio: Share = arg(
+        0.01, "share of `dataset` held out for evaluation where there is no `val_dataset`"
+    )
+    max_length: PositiveInt | None = arg(
+        None, "most tokens of a row; the rest is cut off", shown="`seq_length`"
+    )
+    system: str | None = arg(None, "system message of the rows that have none")
+    packing: bool = arg(False, "a sequence of a batch is as many rows as fit `max_length` together")
+    add_version: bool = arg(True, "make a folder `v{N}-{YYYYMMDD-HHMMSS}` under `save`")
+    streaming: bool = arg(
+        False, "read data while training", only=[False], because=f"streaming {LATER}"
+    )
+    lazy_tokenize: bool = arg(
+        False, "tokenize while training", only=[False], because=f"lazy tokenizing {LATER}"
+    )
+    dataset_num_proc: PositiveInt | None = arg(None, "threads that tokenize", shown="all cores")
+    model_author: list[str] = arg(
+        [],
+        "who made the model (zh, en)",
+        shown="none",
+        only=[[]],
+        because=f"self-cognition {LATER}",
+    )
+    model_name: list[str] = arg(
+        [],
+        "what the model is called (zh, en)",
+        shown="none",
+        only=[[]],
+        because=f"self-cognition {LATER}",
+    )

@@ -1,0 +1,83 @@
+"""Cross entropy over a large vocabulary without its logits ever being there as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_LOGITS = 1 << 24
+"""Logits of one chunk of rows: 64 MB in float32."""
+
+
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropy of `hidden @ weight.T` against `targets`, in chunks of rows.
+
+    The gradients are computed along with the loss, so the logits of a chunk are needed only once
+    and backward costs next to nothing.
+
+    Args:
+        hidden: [n, width]; weight: [vocab, width]; targets: int64 [n], rows of `weight`.
+        scales: float32 [n], how much each row counts in the sum.
+
+    Returns:
+        The scaled sum, float32 [], with a gradient for `hidden` and `weight` where they want one;
+        the loss of each row, float32 [n]; and whether its likeliest token was the target,
+        bool [n].
+    """
+    total, losses, right = _CrossEntropy.apply(
+        hidden, weight, targets, scales, torch.is_grad_enabled()
+    )
+    return total, losses, right
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor, grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_hidden, wants_weight = (grad and ctx.needs_input_grad[i] for i in (0, 1))
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        right = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # once, not once a chunk
+            weight = weight.to(torch.get_autocast_dtype(device))
+        for at in range(0, len(hidden), step := max(1, CHUNK_LOGITS // len(weight))):
+            rows = slice(at, at + step)
+            part, target = hidden[rows], targets[rows, None]
+            logits = (part @ weight.T).float()
+            best, index = logits.max(-1, keepdim=True)
+            picked = logits.gather(1, target)
+            logits.sub_(best).exp_()
+            sums = logits.sum(-1, keepdim=True)
+            losses[rows] = (sums.log() + best - picked)[:, 0]
+            right[rows] = (index == target)[:, 0]
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # Softmax less one at the target, times the row's scale.
+            scale = scales[rows, None]
+            slope = logits.mul_(scale / sums).scatter_add_(1, target, -scale)
+            if grad_hidden is not None:
+                grad_hidden[rows] = slope.to(weight.dtype) @ weight
+            if grad_weight is not None:
+                grad_weight += slope.to(part.dtype).T @ part
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(losses, right)
+        return (losses * scales).sum(), losses, right
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        by = grads[0]
+        hidden, weight = ctx.saved_tensors
+        return (
+            None if hidden is None else hidden * by,
+            None if weight is None else weight * by.to(weight.dtype),
+            None,
+            None,
+            None,
+        )

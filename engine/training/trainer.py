@@ -1,0 +1,319 @@
+"""The training loop: steps, evaluations, checkpoints, and the heads at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.errors import EngineError
+from engine.training import checkpoint
+from engine.training.args import TrainArguments, as_json, model_source
+from engine.training.batch import Targets, make_rows
+from engine.training.data import micro_batches, sequences
+from engine.training.export import export_base, export_heads
+from engine.training.figures import Losses, Step
+from engine.training.hidden_cache import HiddenCache
+from engine.training.mesh import leave
+from engine.training.metrics import RunLog
+from engine.training.optimizer import Role, global_norm
+from engine.training.run_folder import make_run_folder
+from engine.training.setup import Session, prepare
+from engine.training.signals import EXIT_CODES, StopSignals
+from engine.training.template import Sample
+
+
+def train(args: TrainArguments) -> Path:
+    """Train as `args` say; runs in every rank. Returns the run folder.
+
+    Ctrl+C and SIGTERM save a checkpoint and raise SystemExit(130) or SystemExit(143).
+
+    Raises:
+        JupiterError: of the kind that fits, in one line.
+    """
+    try:
+        with StopSignals() as signals:
+            return Trainer(prepare(args), signals).run()
+    finally:
+        leave()
+
+
+class Trainer:
+    """One rank of a run."""
+
+    def __init__(self, session: Session, signals: StopSignals) -> None:
+        self.session, self.signals = session, signals
+        self.inputs, self.args = session.inputs, session.inputs.args
+        self.mesh, self.objective, self.facts = session.mesh, session.objective, session.facts
+        self._stop = [False] * len(EXIT_CODES)
+        self.run_folder = self._make_folder()
+        self.log: RunLog | None = None
+        if self.mesh.rank == 0:
+            self.log = RunLog(
+                self.run_folder,
+                self.args,
+                total=self.inputs.total,
+                has_base=self.objective.has_base,
+            )
+            for note in self.inputs.notes:
+                self.log.note(note)
+        self.batches = self._batches()
+
+    def run(self) -> Path:
+        """All steps that are left; returns the run folder."""
+        try:
+            self._fill_caches()
+            self.signals.deferred = True
+            while self.facts.iteration < self.inputs.total:
+                self._step()
+                self._after_step()
+            self.signals.deferred = False
+            self._finish()
+        finally:
+            if self.log is not None:
+                self.log.close()
+        return self.run_folder
+
+    # --- one step ------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        session, iteration = self.session, self.facts.iteration
+        rates = self._rates(iteration)
+        micro = [next(self.batches) for _ in range(self.args.accumulation_steps(self.mesh.dp))]
+        session.optimizer.zero_grads()
+        figures = self._pass(micro, session.cache, base_learns=Role.BASE in rates, learn=True)
+        squares = session.optimizer.reduce(frozenset(rates))
+        tokens = sum(len(sample) for samples in micro for sample in samples)
+        stop = [self.signals.received is each for each in EXIT_CODES]
+        # One message a step for all that the ranks have to tell each other.
+        shared = torch.tensor([tokens * self.mesh.last, *stop], dtype=torch.float64)
+        shared = self.mesh.world.sum_(torch.cat([squares[None], shared, figures.flatten()]))
+        grad_norm = math.sqrt(shared[0].item())
+        losses = self._losses(shared[2 + len(stop) :].view_as(figures))
+        if not math.isfinite(losses.loss) or not math.isfinite(grad_norm):
+            raise EngineError(
+                f"step {iteration + 1}: the loss is {losses.loss:g} and the gradient's norm "
+                f"{grad_norm:g}; try a lower learning rate or a longer warm-up"
+            )
+        session.optimizer.step(rates, grad_norm)
+        self._stop = [bool(flag) for flag in shared[2 : 2 + len(stop)]]
+        self.facts = dataclasses.replace(
+            self.facts,
+            iteration=iteration + 1,
+            consumed_samples=self.facts.consumed_samples + self.args.global_batch_size,
+        )
+        self._tell(losses, rates, grad_norm, int(shared[1]), began)
+
+    def _rates(self, iteration: int) -> dict[Role, float]:
+        """Learning rates of the roles that learn in this step."""
+        schedules, joins = self.session.schedules, self.args.medusa_warmup_iters
+        rates = {Role.HEADS: schedules[Role.HEADS](iteration)}
+        if self.objective.has_base and iteration >= joins:
+            rates[Role.BASE] = schedules[Role.BASE](iteration - joins)
+        return rates
+
+    def _pass(
+        self,
+        micro: Sequence[Sequence[Sample]],
+        cache: HiddenCache | None,
+        *,
+        base_learns: bool,
+        learn: bool,
+    ) -> Tensor:
+        """Micro-batches through the stages, and back if they are to learn.
+
+        Returns, on the last stage, per loss the sum over its targets, how many were predicted
+        rightly, how many there were and how many were dropped: float64 [4, losses] of this
+        replica; zeros on the other stages.
+        """
+        pipeline, objective = self.session.pipeline, self.objective
+        figures = torch.zeros(4, len(objective.distances), dtype=torch.float64)
+        targets: list[Targets] = []
+        scales: list[float] = []
+        if self.mesh.last:
+            targets = [objective.targets(samples, self.inputs.device) for samples in micro]
+            figures[2:] = _counts(targets, len(objective.distances))
+            counts = figures[2].clone()
+            # Only a step has a common sum; replicas take in different numbers of held-out rows.
+            scales = objective.scales(
+                (self.mesh.replicas.sum_(counts) if learn else counts).tolist()
+            )
+
+        def loss(index: int, hidden: Tensor) -> Tensor:
+            total, part = objective.loss(
+                pipeline.model, hidden, targets[index], scales, base_learns=base_learns
+            )
+            figures[:2] += part.cpu()
+            return total
+
+        def finish(index: int, hidden: Tensor) -> None:
+            with torch.set_grad_enabled(learn), pipeline.autocast():
+                total = loss(index, hidden)
+            if learn:
+                total.backward()
+
+        if cache is not None:
+            if self.mesh.last:
+                for index, samples in enumerate(micro):
+                    finish(index, cache.rows(samples, self.inputs.device))
+            return figures
+        rows = [make_rows(samples, self.inputs.device) for samples in micro]
+        if base_learns and learn:
+            pipeline.train(rows, lambda i, hidden: loss(i, hidden[targets[i].positions]))
+        else:
+            pipeline.forward(rows, lambda i, hidden: finish(i, hidden[targets[i].positions]))
+        return figures
+
+    def _losses(self, figures: Tensor) -> Losses:
+        sums, right, kept, dropped = figures.tolist()
+        each = [total / max(count, 1) for total, count in zip(sums, kept, strict=True)]
+        return Losses(
+            loss=sum(w * value for w, value in zip(self.objective.weights, each, strict=True)),
+            each=tuple(each),
+            accuracy=tuple(
+                hits / max(count + out, 1)
+                for hits, count, out in zip(right, kept, dropped, strict=True)
+            ),
+            dropped=int(sum(dropped)),
+        )
+
+    def _tell(
+        self,
+        losses: Losses,
+        rates: dict[Role, float],
+        grad_norm: float,
+        tokens: int,
+        began: float,
+    ) -> None:
+        params_norm = None
+        if self.args.log_params_norm and self.facts.iteration % self.args.log_interval == 0:
+            params_norm = global_norm(self.session.optimizer.squared_params(), self.mesh.world)
+        if self.log is not None:
+            self.log.step(
+                Step(
+                    iteration=self.facts.iteration,
+                    consumed_samples=self.facts.consumed_samples,
+                    losses=losses,
+                    lr=rates[Role.HEADS],
+                    base_lr=rates.get(Role.BASE, 0.0) if self.objective.has_base else None,
+                    grad_norm=grad_norm,
+                    params_norm=params_norm,
+                    tokens=tokens,
+                    seconds=time.perf_counter() - began,
+                )
+            )
+
+    # --- between steps -------------------------------------------------------------------------
+
+    def _after_step(self) -> None:
+        iteration, args = self.facts.iteration, self.args
+        is_end = iteration == self.inputs.total
+        interval = args.eval_interval or args.save_interval
+        stopped = [code for flag, code in zip(self._stop, EXIT_CODES.values(), strict=True) if flag]
+        if not stopped and (is_end or iteration % interval == 0):
+            self._evaluate()
+        if stopped or is_end or iteration % args.save_interval == 0:
+            self._save()
+        if stopped and not is_end:
+            if self.log is not None:
+                self.log.note(f"stopped after step {iteration}; saved in {self.run_folder}")
+            raise SystemExit(int(stopped[0]))
+
+    def _evaluate(self) -> None:
+        """Losses of the rows held out, which the replicas share."""
+        session, args = self.session, self.args
+        if not self.inputs.held_out or not args.eval_iters:
+            return
+        units = sequences(self.inputs.held_out, args)[: args.eval_iters * args.global_batch_size]
+        mine = units[self.mesh.replica :: self.mesh.dp]
+        size = args.micro_batch_size
+        micro = [
+            [sample for unit in mine[at : at + size] for sample in unit]
+            for at in range(0, len(mine), size)
+        ]
+        figures = self._pass(micro, session.held_out_cache, base_learns=False, learn=False)
+        losses = self._losses(self.mesh.world.sum_(figures))
+        if self.log is not None:
+            self.log.evaluation(self.facts.iteration, losses)
+
+    def _save(self) -> None:
+        vocabulary = self.objective.vocabulary
+        folder = checkpoint.save(
+            self.run_folder,
+            self.facts,
+            self.session.optimizer,
+            self.mesh.world,
+            vocabulary=None if vocabulary is None else vocabulary.ids.cpu(),
+            with_states=not self.args.no_save_optim,
+            with_random=not self.args.no_save_rng,
+        )
+        if self.log is not None:
+            self.log.plot()
+            self.log.note(f"saved {folder}")
+
+    def _finish(self) -> None:
+        """Write what the engine can load."""
+        session, dtype = self.session, self.inputs.export_dtype
+        if self.objective.has_base:
+            export_base(
+                session.part.model, self.inputs.folder, self.run_folder / "model", self.mesh, dtype
+            )
+        if self.mesh.last and self.mesh.replica == 0:
+            export_heads(
+                session.part.model,
+                self.run_folder / "heads",
+                layout=self.args.layout,
+                dtype=dtype,
+                base_model=model_source(self.args),
+            )
+        self.mesh.world.wait()  # the heads are there before rank 0 says so
+        if self.log is not None:
+            self.log.note(f"heads are in {self.run_folder / 'heads'}")
+
+    # --- before the first step -----------------------------------------------------------------
+
+    def _make_folder(self) -> Path:
+        name = ""
+        if self.mesh.rank == 0:
+            assert self.args.save is not None
+            name = str(
+                make_run_folder(
+                    Path(self.args.save).expanduser().absolute(),
+                    add_version=self.args.add_version,
+                    arguments=as_json(self.args),
+                )
+            )
+        return Path(self.mesh.world.first_text(name))
+
+    def _batches(self) -> Iterator[list[Sample]]:
+        return micro_batches(
+            self.inputs.samples,
+            args=self.args,
+            dp_rank=self.mesh.replica,
+            dp_size=self.mesh.dp,
+            consumed_samples=self.facts.consumed_samples,
+        )
+
+    def _fill_caches(self) -> None:
+        def progress(done: int, total: int) -> None:
+            if self.log is not None:
+                self.log.note(f"hidden states: {done} of {total} parts")
+
+        for cache in (self.session.cache, self.session.held_out_cache):
+            if cache is not None:
+                cache.fill(self.session.pipeline, self.mesh, progress)
+
+
+def _counts(targets: Sequence[Targets], losses: int) -> Tensor:
+    """Targets and dropped targets of each loss, float64 [2, losses]."""
+    counts = torch.zeros(2, losses, dtype=torch.float64)
+    for each in targets:
+        counts[0] += torch.tensor(each.counts())
+        counts[1] += torch.tensor(each.dropped)
+    return counts

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import sys
 import threading
-from collections.abc import Iterable
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
-from engine.errors import ExitCode
+from engine.errors import ExitCode, JupiterError
 from engine.protocol import (
     Event,
     Failed,
@@ -53,6 +55,28 @@ class Console:
                 self._ended.set()
             case Notice():
                 print(f"jupiter: {event.message}", file=sys.stderr)
+
+    def run(self, command: str, work: Callable[[], None]) -> NoReturn:
+        """Do the work of this process and leave it straight, with the exit code that fits.
+
+        At an ordinary exit Python stumbles over threads that still wait for a line of input or
+        in a receive.
+        """
+        code = ExitCode.ENGINE_FAILED
+        try:
+            work()
+            code = self.exit_code
+        except JupiterError as error:
+            print(f"jupiter {command}: {error}", file=sys.stderr)
+            code = error.exit_code
+        except KeyboardInterrupt:
+            code = ExitCode.INTERRUPTED
+        except Exception:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
     def _feed(self) -> None:
         for number, text in enumerate(self.prompts):

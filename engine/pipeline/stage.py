@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -146,5 +147,7 @@ def serve(
             link.send(after, kind)
         on_step()
         if kind is Kind.STOP:
-            link.flush()
+            # Rank 0 may leave as soon as it has the message, before this side knows that it has.
+            with suppress(RuntimeError):
+                link.flush()
             return

@@ -91,6 +91,17 @@ def test_sources_are_told_apart(
     assert parse_source("org/model").path == tmp_path / "org" / "model"  # a folder goes first
 
 
+def test_bundled_heads_are_found_by_name_and_others_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "assets" / "some-heads").mkdir(parents=True)
+    monkeypatch.setattr("engine.checkpoint.sources.ASSETS", tmp_path / "assets")
+    assert local_folder("bundled:some-heads") == tmp_path / "assets" / "some-heads"
+    for text in ("bundled:others", "bundled:../assets/some-heads", "bundled:"):
+        with pytest.raises(CheckpointError, match="bundled; there are: some-heads"):
+            local_folder(text)
+
+
 def test_a_folder_is_itself(tmp_path: Path) -> None:
     folder = tiny_folder()
     assert resolve_cached(str(folder)) == folder == fetch(str(folder), print)

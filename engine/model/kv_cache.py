@@ -1,19 +1,106 @@
-"""Keys and values of one sequence for the layers of one stage, preallocated."""
+"""Keys and values of several sequences for the layers of one stage, preallocated."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class KVCache:
-    """KV rows of one sequence: `k` and `v` are [layers, kv_heads, capacity, head_dim].
+    """KV rows of some sequences: `k` and `v` are [layers, slots, kv_heads, capacity, head_dim].
 
-    Row i belongs to position i once the sequence's accepted tokens reach it; a draft tree is
-    written behind them and compacted by `move` when part of it is accepted. Nothing is zeroed:
-    a reader never looks past the rows it has written.
+    Row i of a slot belongs to position i once the sequence's accepted tokens reach it; a draft
+    tree is written behind them and compacted by `move` when part of it is accepted. Sequences lie
+    side by side so that one product can attend for many of them; what a shorter one has not
+    written is masked, and begins as zeros because a mask does not hide NaN.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        slots: int = 1,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (num_layers, slots, num_kv_heads, capacity, head_dim)
+        self.k = _zeros(shape, dtype, torch.device(device))
+        self.v = _zeros(shape, dtype, torch.device(device))
+
+    @property
+    def slots(self) -> int:
+        """Sequences that fit."""
+        return self.k.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Rows of one sequence that fit."""
+        return self.k.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tensors."""
+        return self.k.nbytes + self.v.nbytes
+
+    def write(
+        self, layer: int, slot: int, start: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put n new rows of one sequence at `start`; return all its rows up to their end.
+
+        Args:
+            layer: index among this stage's layers.
+            k, v: [kv_heads, n, head_dim].
+
+        Returns:
+            Views of k and v, each [kv_heads, start + n, head_dim].
+        """
+        end = start + k.shape[1]
+        self.k[layer, slot, :, start:end] = k
+        self.v[layer, slot, :, start:end] = v
+        return self.k[layer, slot, :, :end], self.v[layer, slot, :, :end]
+
+    def write_many(
+        self, layer: int, slots: Tensor, places: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put n new rows of each of several sequences at their places.
+
+        Args:
+            layer: index among this stage's layers.
+            slots: int64 [sequences, 1].
+            places: int64 [sequences, n].
+            k, v: [sequences, n, kv_heads, head_dim].
+
+        Returns:
+            k and v of the layer, each [slots, kv_heads, capacity, head_dim].
+        """
+        keys, values = self.k[layer], self.v[layer]
+        keys[slots, :, places] = k
+        values[slots, :, places] = v
+        return keys, values
+
+    def move(self, slot: int, rows: Sequence[int], to: int) -> None:
+        """Copy `rows` (ascending) of a slot to the places from `to` on: compaction."""
+        if not rows:
+            return
+        index = torch.tensor(rows, device=self.k.device)
+        end = to + len(rows)
+        for rows_of in (self.k[:, slot], self.v[:, slot]):
+            # index_select copies first, so overlapping source and target are safe.
+            rows_of[:, :, to:end] = rows_of.index_select(2, index)
+
+
+class KVStore:
+    """The caches of all slots of a stage, made when a slot is first used.
+
+    They double in size (1, 1, 2, 4, ... slots), so that a single chat holds the rows of a single
+    sequence and a large batch still lies in a few large tensors.
     """
 
     def __init__(
@@ -26,41 +113,31 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        shape = (num_layers, num_kv_heads, capacity, head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
-
-    @property
-    def capacity(self) -> int:
-        """Rows that fit."""
-        return self.k.shape[2]
+        self._shape = (num_layers, num_kv_heads, capacity, head_dim)
+        self._dtype, self._device = dtype, device
+        self._caches: dict[int, KVCache] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both tensors."""
-        return self.k.nbytes + self.v.nbytes
+        """Bytes that the caches made so far take when they are full."""
+        return sum(cache.nbytes for cache in self._caches.values())
 
-    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put n new rows at `start`; return all rows up to their end.
+    def find(self, slot: int) -> tuple[KVCache, int]:
+        """The cache that holds a slot, and the slot's number in it."""
+        size = 1 << max(slot.bit_length() - 1, 0)
+        first = size if slot else 0
+        cache = self._caches.get(first)
+        if cache is None:
+            cache = self._caches[first] = KVCache(
+                *self._shape, slots=size, dtype=self._dtype, device=self._device
+            )
+        return cache, slot - first
 
-        Args:
-            layer: index among this stage's layers.
-            k, v: [kv_heads, n, head_dim].
 
-        Returns:
-            Views of k and v, each [kv_heads, start + n, head_dim].
-        """
-        end = start + k.shape[1]
-        self.k[layer, :, start:end] = k
-        self.v[layer, :, start:end] = v
-        return self.k[layer, :, :end], self.v[layer, :, :end]
-
-    def move(self, rows: Sequence[int], to: int) -> None:
-        """Copy `rows` (ascending) to the places from `to` on: compaction after acceptance."""
-        if not rows:
-            return
-        index = torch.tensor(rows, device=self.k.device)
-        end = to + len(rows)
-        # index_select copies first, so overlapping source and target are safe.
-        self.k[:, :, to:end] = self.k.index_select(2, index)
-        self.v[:, :, to:end] = self.v.index_select(2, index)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # NumPy's zeros are pages of the system that cost nothing until they are written; torch's are
+    # written at once, and most of a context is never used.
+    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,34 @@ class Segment:
     rows: slice
     cache: KVCache | None = None
     """None in training: the rows see only themselves, causally, and gradients flow."""
+    slot: int = 0
+    """The sequence's number in the cache."""
     start: int = 0
     """KV rows of the sequence that come before these."""
     mask: Tensor | None = None
     """Additive, [groups * n, start + n], or None when every row sees everything."""
+
+
+@dataclass
+class Group:
+    """Rows of several sequences in one cache, n of each, which attend in one product.
+
+    One small product per sequence would cost more in calls than in arithmetic.
+    """
+
+    rows: Tensor
+    """int64 [sequences, n]: where they are in the forward."""
+    cache: KVCache
+    slots: Tensor
+    """int64 [sequences, 1], ascending."""
+    places: Tensor
+    """int64 [sequences, n]: where their keys and values go."""
+    span: slice
+    """All slots from the first to the last."""
+    end: int
+    """KV rows up to the end of the longest."""
+    mask: Tensor
+    """Additive, [slots of span, 1, groups * n, end]; rows of slots that are not in it are junk."""
 
 
 @dataclass
@@ -38,6 +62,7 @@ class Rows:
     positions: Tensor
     """int64 [rows]."""
     segments: list[Segment]
+    groups: list[Group] = field(default_factory=list)
 
 
 class LlamaRMSNorm(nn.Module):
@@ -125,7 +150,14 @@ class LlamaAttention(nn.Module):
         q, k, v = self.project(x)
         q, k = rotate(q, *angles), rotate(k, *angles)
         parts = [self.attend(q[s.rows], k[s.rows], v[s.rows], s, layer) for s in rows.segments]
-        return self.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts))
+        if not rows.groups:
+            return self.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts))
+        out = q.new_empty(len(q), self.num_heads * self.head_dim)
+        for segment, part in zip(rows.segments, parts, strict=True):
+            out[segment.rows] = part
+        for group in rows.groups:
+            out[group.rows] = self.attend_group(q, k, v, group, layer)
+        return self.o_proj(out)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, layer: int) -> Tensor:
         """Attention of one sequence's n rows: [n, heads * head_dim]."""
@@ -135,7 +167,7 @@ class LlamaAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return out[0].transpose(0, 1).reshape(n, self.num_heads * self.head_dim)
         keys, values = segment.cache.write(
-            layer, segment.start, k.transpose(0, 1), v.transpose(0, 1)
+            layer, segment.slot, segment.start, k.transpose(0, 1), v.transpose(0, 1)
         )
         # The query heads of one KV head become rows of one product, so KV is never repeated.
         q = q.view(n, self.num_kv_heads, groups, self.head_dim).permute(1, 2, 0, 3)
@@ -145,6 +177,28 @@ class LlamaAttention(nn.Module):
         )
         out = out.view(self.num_kv_heads, groups, n, self.head_dim).permute(2, 0, 1, 3)
         return out.reshape(n, self.num_heads * self.head_dim)
+
+    def attend_group(self, q: Tensor, k: Tensor, v: Tensor, group: Group, layer: int) -> Tensor:
+        """Attention of a group's rows out of all rows: [sequences, n, heads * head_dim]."""
+        sequences, n = group.rows.shape
+        groups, span, end = self.num_heads // self.num_kv_heads, group.span, group.end
+        keys, values = group.cache.write_many(
+            layer, group.slots, group.places, k[group.rows], v[group.rows]
+        )
+        # Slots between the group's own are computed along, so that no key is ever copied.
+        q_all = q.new_zeros(span.stop - span.start, self.num_kv_heads, groups, n, self.head_dim)
+        own = group.slots[:, 0] - span.start
+        q_all[own] = (
+            q[group.rows].view(sequences, n, self.num_kv_heads, groups, -1).permute(0, 2, 3, 1, 4)
+        )
+        out = F.scaled_dot_product_attention(
+            q_all.flatten(2, 3),
+            keys[span, :, :end],
+            values[span, :, :end],
+            attn_mask=group.mask,
+        )
+        out = out.view(q_all.shape)[own].permute(0, 3, 1, 2, 4)
+        return out.reshape(sequences, n, self.num_heads * self.head_dim)
 
 
 class LlamaMLP(nn.Module):

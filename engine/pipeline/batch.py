@@ -8,7 +8,7 @@ and a cancelled sequence by never coming again.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from engine.decoding.accept import AcceptRule
-from engine.decoding.tree import depths_of
-from engine.model.kv_cache import KVCache
-from engine.model.llama import Rows, Segment
+from engine.decoding.tree import MAX_NODES, depths_of
+from engine.model.kv_cache import KVCache, KVStore
+from engine.model.llama import Group, Rows, Segment
 
 
 class Judge(IntEnum):
@@ -153,7 +153,7 @@ def row_slices(entries: Sequence[Entry]) -> Iterator[slice]:
 
 def attention_rows(
     entries: Sequence[Entry],
-    caches: Mapping[int, KVCache],
+    store: KVStore,
     *,
     groups: int,
     dtype: torch.dtype,
@@ -161,18 +161,73 @@ def attention_rows(
 ) -> Rows:
     """Positions and masks of a micro-batch, the same for every layer.
 
+    Entries of the same shape whose slots lie in one cache attend together.
+
     `groups` is the number of query heads that share a KV head (see Segment.mask).
     """
     positions: list[int] = []
-    segments = []
+    places: list[_Place] = []
     for entry, rows in zip(entries, row_slices(entries), strict=True):
         positions += [entry.start + depth for depth in depths_of(entry.parents)]
-        mask = None
-        if len(entry.tokens) > 1:
-            seen = _ancestors(tuple(entry.parents), dtype).to(device)
-            mask = torch.nn.functional.pad(seen, (entry.start, 0)).repeat(groups, 1)
-        segments.append(Segment(rows, caches[entry.slot], entry.start, mask))
-    return Rows(torch.tensor(positions, device=device), segments)
+        places.append(_Place(entry, rows, *store.find(entry.slot)))
+    out = Rows(torch.tensor(positions, device=device), [])
+    for alike in _alike(places):
+        if len(alike) > 1:
+            out.groups.append(_group(alike, groups, dtype, device))
+        else:
+            out.segments.append(_segment(alike[0], groups, dtype, device))
+    return out
+
+
+@dataclass
+class _Place:
+    entry: Entry
+    rows: slice
+    cache: KVCache
+    slot: int
+
+
+def _alike(places: Sequence[_Place]) -> list[list[_Place]]:
+    """Entries that can attend together, by slot; every other one alone."""
+    found: dict[object, list[_Place]] = {}
+    for place in places:
+        alone = len(place.entry.tokens) > MAX_NODES  # a long chunk fills the machine by itself
+        key = place.rows.start if alone else (id(place.cache), tuple(place.entry.parents))
+        found.setdefault(key, []).append(place)
+    return [sorted(alike, key=lambda place: place.slot) for alike in found.values()]
+
+
+def _segment(place: _Place, groups: int, dtype: torch.dtype, device: torch.device) -> Segment:
+    entry, mask = place.entry, None
+    if len(entry.tokens) > 1:
+        seen = _ancestors(tuple(entry.parents), dtype).to(device)
+        mask = torch.nn.functional.pad(seen, (entry.start, 0)).repeat(groups, 1)
+    return Segment(place.rows, place.cache, place.slot, entry.start, mask)
+
+
+def _group(alike: Sequence[_Place], groups: int, dtype: torch.dtype, device: torch.device) -> Group:
+    n = len(alike[0].entry.tokens)
+    starts = torch.tensor([place.entry.start for place in alike])
+    slots = torch.tensor([place.slot for place in alike])
+    first_rows = torch.tensor([place.rows.start for place in alike])
+    span = slice(alike[0].slot, alike[-1].slot + 1)
+    end = int(starts.max()) + n
+    own = slots - span.start
+    places = starts[:, None] + torch.arange(n)
+    mask = torch.zeros(span.stop - span.start, 1, n, end, dtype=dtype)
+    hidden = torch.arange(end) >= starts[:, None]
+    mask[own, 0] = hidden[:, None].to(dtype).masked_fill_(hidden[:, None], float("-inf"))
+    ancestors = _ancestors(tuple(alike[0].entry.parents), dtype)
+    mask[own[:, None, None], 0, torch.arange(n)[:, None], places[:, None]] = ancestors
+    return Group(
+        rows=(first_rows[:, None] + torch.arange(n)).to(device),
+        cache=alike[0].cache,
+        slots=slots[:, None].to(device),
+        places=places.to(device),
+        span=span,
+        end=end,
+        mask=mask.repeat(1, 1, groups, 1).to(device),
+    )
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.decoding.accept import accept
 from engine.decoding.tree import MAX_NODES
-from engine.model.kv_cache import KVCache
+from engine.model.kv_cache import KVStore
 from engine.model.medusa import MedusaLlamaForCausalLM
 from engine.pipeline.batch import (
     Entry,
@@ -41,8 +41,15 @@ class Stage:
         self.model = model
         self.first, self.last = first, last
         self.dtype, self.device = dtype, device
-        self.capacity = context_length + MAX_NODES
-        self.caches: dict[int, KVCache] = {}
+        config = model.config
+        self.store = KVStore(
+            len(model.model.layers),
+            config.num_key_value_heads,
+            context_length + MAX_NODES,
+            config.head_dim,
+            dtype=dtype,
+            device=device,
+        )
         self.busy_s = 0.0
         self.wait_s = 0.0
         self.steps = 0
@@ -58,11 +65,11 @@ class Stage:
         began = time.perf_counter()
         config = self.model.config
         for entry in entries:
-            cache = self._cache(entry.slot)
-            cache.move(entry.keep, entry.keep_to)
+            cache, slot = self.store.find(entry.slot)
+            cache.move(slot, entry.keep, entry.keep_to)
         rows = attention_rows(
             entries,
-            self.caches,
+            self.store,
             groups=config.num_attention_heads // config.num_key_value_heads,
             dtype=self.dtype,
             device=self.device,
@@ -101,20 +108,6 @@ class Stage:
                 result.candidates = [head[: entry.draft_width] for head in tokens]
         self.busy_s += time.perf_counter() - began
         return results
-
-    def _cache(self, slot: int) -> KVCache:
-        cache = self.caches.get(slot)
-        if cache is None:
-            config = self.model.config
-            cache = self.caches[slot] = KVCache(
-                len(self.model.model.layers),
-                config.num_key_value_heads,
-                self.capacity,
-                config.head_dim,
-                dtype=self.dtype,
-                device=self.device,
-            )
-        return cache
 
 
 def _result(entry: Entry, logits: Tensor) -> Result:

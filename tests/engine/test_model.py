@@ -7,7 +7,7 @@ import torch
 
 from engine.errors import CheckpointError
 from engine.model.config import ModelConfig
-from engine.model.kv_cache import KVCache
+from engine.model.kv_cache import KVCache, KVStore
 from engine.model.llama import Rows, Segment
 from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, fuse_projections
 from engine.pipeline.batch import Entry, Judge, attention_rows
@@ -190,21 +190,38 @@ def test_gradients_without_a_cache_equal_transformers() -> None:
         torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-4, rtol=1e-4)
 
 
+def test_sequences_attended_together_equal_each_alone() -> None:
+    model = reference("llama")
+    together, alone = stages_of(model, [3, 3]), stages_of(model, [3, 3])
+    prompts = {slot: list(range(5 + slot, 7 + 3 * slot)) for slot in (1, 4, 5, 7)}
+    parents = [-1, 0, 0, 1]
+    chunks = [chain(slot, 0, prompt) for slot, prompt in prompts.items()]
+    steps = [Entry(s, len(p), [9, 8, s, 6], parents, Judge.TREE) for s, p in prompts.items()]
+    # 4, 5 and 7 share a cache, with a slot between them that nobody has.
+    mixed = [steps[2], chain(9, 0, [3, 1, 4]), steps[0], steps[3], steps[1]]
+    run_all(together, chunks)
+    got = run_all(together, mixed)
+    for entry in chunks:
+        run_all(alone, [entry])
+    expected = torch.cat([run_all(alone, [entry]) for entry in mixed])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_moving_kv_rows_is_safe_where_source_and_target_overlap() -> None:
     cache = KVCache(1, 1, 8, 1, dtype=torch.float32, device="cpu")
-    cache.k[0, 0, :, 0] = torch.arange(8.0)
+    cache.k[0, 0, 0, :, 0] = torch.arange(8.0)
     cache.v.copy_(cache.k)
-    cache.move([3, 4, 6], to=2)
-    assert cache.k[0, 0, :, 0].tolist() == [0, 1, 3, 4, 6, 5, 6, 7]
+    cache.move(0, [3, 4, 6], to=2)
+    assert cache.k[0, 0, 0, :, 0].tolist() == [0, 1, 3, 4, 6, 5, 6, 7]
     assert cache.v.equal(cache.k)
 
 
 def test_positions_follow_depth_not_order() -> None:
     stage = stages_of(reference("llama"), [6])[0]
-    cache = KVCache(6, 2, 32, 8, dtype=torch.float32, device="cpu")
+    store = KVStore(6, 2, 32, 8, dtype=torch.float32, device="cpu")
     rows = attention_rows(
         [Entry(0, 10, [1, 2, 3, 4], [-1, 0, 0, 2], Judge.TREE)],
-        {0: cache},
+        store,
         groups=2,
         dtype=torch.float32,
         device=stage.device,

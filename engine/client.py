@@ -267,21 +267,28 @@ class EngineClient:
         """
         if (messages is None) == (prompt is None):
             raise ValueError("give either messages or prompt")
-        if self._queue is None or self.state not in (ClientState.READY, ClientState.BUSY):
-            raise EngineError(str(self._error or f"the engine is {self.state.value}, not ready"))
-        if len(self._streams) >= MAX_OPEN_REQUESTS:
-            raise EngineError(f"{MAX_OPEN_REQUESTS} requests are open; wait for one to end")
         self._requests += 1
-        stream = RequestStream(f"r{self._requests}")
-        self._streams[stream.request_id] = stream
-        self._queue.publish(
+        return self.send(
             Generate(
-                request_id=stream.request_id,
+                request_id=f"r{self._requests}",
                 messages=None if messages is None else tuple(messages),
                 prompt=prompt,
                 params=params,
             )
         )
+
+    def send(self, request: Generate) -> RequestStream:
+        """As `submit`, for a request whose id the caller has chosen: not "r" and a number.
+
+        Raises:
+            EngineError: as `submit`.
+        """
+        if self._queue is None or self.state not in (ClientState.READY, ClientState.BUSY):
+            raise EngineError(str(self._error or f"the engine is {self.state.value}, not ready"))
+        if len(self._streams) >= MAX_OPEN_REQUESTS:
+            raise EngineError(f"{MAX_OPEN_REQUESTS} requests are open; wait for one to end")
+        stream = self._streams[request.request_id] = RequestStream(request.request_id)
+        self._queue.publish(request)
         self._set_state(ClientState.BUSY)
         return stream
 

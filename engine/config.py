@@ -56,6 +56,9 @@ class JupiterConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
     max_kv_cache_length: PositiveInt = 2048
     max_num_seqs: PositiveInt = 16
 
+    keymap: dict[str, str] = {}
+    """Other keys for actions of the workbench: binding id to keys; `tui/keys.py` checks them."""
+
     model_keys: dict[str, Any] = {}
     """Keys of the model's own config.json that the original kept in the same file.
 
@@ -151,6 +154,9 @@ def parse_config(values: Mapping[str, Any], where: str) -> JupiterConfig:
             "name Jupiter's with --config FILE"
         )
     plain: dict[str, Any] = {}
+    keymap: dict[str, str] = {}
+    """Other keys for actions of the workbench: binding id to keys; `tui/keys.py` checks them."""
+
     model_keys: dict[str, Any] = {}
     for key, value in values.items():
         key = ALIASES.get(key, key)

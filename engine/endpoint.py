@@ -26,6 +26,7 @@ from engine.protocol import (
     Notice,
     StageState,
     StageTelemetry,
+    TrainingStep,
     decode_command,
     encode,
 )
@@ -33,6 +34,8 @@ from engine.protocol import (
 SEND_QUEUE = 64
 """Frames that ZeroMQ may hold; kept short, so that old telemetry waits where it can be replaced."""
 MAX_NOTICES = 100
+MAX_STEPS = 1000
+"""Training steps that may wait: a run can outlive the one who watches it."""
 RETRY_MS = 100
 
 __all__ = ["Endpoint", "exit_now", "watch_owners"]
@@ -84,8 +87,8 @@ class Endpoint:
     def send(self, event: Event) -> None:
         """Queue `event` for the client; from any thread, never blocks.
 
-        Telemetry and progress within a phase are latest-wins, notices beyond MAX_NOTICES are left
-        out, and everything else is delivered in order.
+        Telemetry and progress within a phase are latest-wins, notices beyond MAX_NOTICES and
+        training steps beyond MAX_STEPS are left out, everything else is delivered in order.
         """
         self._outbox.put(event)
 
@@ -150,12 +153,18 @@ class _Outbox:
                 self._latest[type(event)] = event
             elif self._is_progress(event):
                 self._events[-1] = event
-            elif isinstance(event, Notice) and self._notices >= MAX_NOTICES:
+            elif self._is_too_much(event):
                 return
             else:
                 self._notices += isinstance(event, Notice)
                 self._events.append(event)
             self._ready.notify()
+
+    def _is_too_much(self, event: Event) -> bool:
+        """Whether so many of the kind wait already that nobody may be there to take them."""
+        if isinstance(event, TrainingStep):
+            return len(self._events) >= MAX_STEPS
+        return isinstance(event, Notice) and self._notices >= MAX_NOTICES
 
     def _is_progress(self, event: Event) -> bool:
         """Whether `event` makes the last one queued obsolete: the same phase, further on."""

@@ -11,6 +11,8 @@ from typing import Literal
 import msgspec
 
 PROTOCOL_VERSION = 1
+TELEMETRY_INTERVAL_S = 0.5
+"""Seconds between two StageTelemetry of a stage that is ready, busy or not."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 StagePhase = Literal["starting", "connecting", "loading", "ready", "stopped"]
@@ -33,6 +35,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop: tuple[str, ...] = ()
 
 
+class Transcript(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Text, and the tokens that stand for it in a sequence.
+
+    A model may write text in other tokens than the tokenizer would: whoever goes on from here
+    with the same tokens gets the same continuation on any engine of the model.
+    """
+
+    text: str = ""
+    """Exactly the rendered text of the tokens; empty where that cannot be said."""
+    token_ids: tuple[int, ...] = ()
+
+
 # --- commands: client -> workers ---------------------------------------------------------------
 
 
@@ -46,6 +60,16 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
     params: SamplingParams = SamplingParams()
+    trace: bool = False
+    """Send along how each token came; see `Tokens.trace`."""
+    transcript: Transcript | None = None
+    """How the beginning of the conversation was encoded before; ignored where it does not fit."""
+    transcript_wanted: bool = False
+    """Have `Started` and `Finished` carry transcripts."""
+    answered: tuple[int, ...] = ()
+    """Tokens that the answer has already: not sent again, but counted for every limit."""
+    answered_steps: int = 0
+    """Decode steps that these took, for the limit on steps."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -104,14 +128,39 @@ class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prompt_tokens: int
     cached_tokens: int
     """Prompt tokens whose KV rows were still there; only the others are prefilled."""
+    transcript: Transcript | None = None
+    """Of the prompt, where `Generate.transcript_wanted` is set."""
 
 
-class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class StepTrace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One step of an answer: the draft tree, what was accepted of it, and the tokens it made.
+
+    A node's depth is the number of the Medusa head that drafted it; node 0 is the root, the
+    token before this step's. A prompt's last chunk has no tree: it only makes the first token.
+    """
+
+    texts: tuple[str, ...] = ()
+    """Each node's token as text of its own: special tokens by name, "\ufffd" for part of a
+    character."""
+    parents: tuple[int, ...] = ()
+    """Index of each node's parent, -1 for the root; parents come first."""
+    path: tuple[int, ...] = ()
+    """Accepted nodes, root first."""
+    next_text: str
+    """The token that the base model itself put behind the path; the next tree's root."""
+    pieces: tuple[str, ...]
+    """What each new token added to the answer's text: those of path[1:], then the next token;
+    fewer where one of them ended the answer."""
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Newly accepted tokens and the text they add; text may be empty inside a character."""
 
     request_id: str
     token_ids: tuple[int, ...]
     text: str
+    trace: tuple[StepTrace, ...] = ()
+    """How they came, where `Generate.trace` asked for it; the pieces together are `text`."""
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,6 +190,8 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     cached_tokens: int
     completion_tokens: int
     metrics: Metrics
+    transcript: Transcript | None = None
+    """Of prompt and answer, for the next turn, where `Generate.transcript_wanted` is set."""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -152,20 +203,58 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StageTelemetry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Figures of one stage since it was ready; latest wins."""
+    """Figures of one stage since it was ready; latest wins.
+
+    `busy_s`, `wait_s`, `link_s` and `idle_s` together are the seconds since then.
+    """
 
     layers: int
     memory_bytes: int
     memory_kind: Literal["process", "device"]
     """Resident memory of the process on CPU, memory allocated on the device on CUDA."""
     busy_s: float
-    """Seconds spent computing."""
+    """Seconds of work: the layers and heads, on rank 0 also scheduling and text."""
     wait_s: float
     """Seconds spent waiting for a neighbour while there was work."""
     steps: int
     """Micro-batches computed."""
     rows: int
     """Rows of them: every prefilled token and every tree node counts one."""
+    link_s: float = 0.0
+    """Seconds spent sending, and receiving once a message has begun to arrive."""
+    idle_s: float = 0.0
+    """Seconds with nothing to do."""
+    decode_steps: int = 0
+    """Micro-batches that were decode steps, of any number of sequences."""
+    decode_busy_s: float = 0.0
+    """Seconds that this stage's layers and heads took for these."""
+    decode_judge_s: float = 0.0
+    """Of them, those behind the layers: `lm_head`, heads and acceptance, on the last stage."""
+    prefill_rows: int = 0
+    """Rows of all other micro-batches: prompt tokens."""
+    prefill_busy_s: float = 0.0
+    """Seconds that this stage's layers and heads took for these."""
+    weights_bytes: int = 0
+    """Size of its parameters."""
+    kv_bytes: int = 0
+    """Size of its KV caches when they are full; on CPU unused parts take no memory yet."""
+    memory_total_bytes: int | None = None
+    """Of the device on CUDA; on CPU the machine's, or what the process's control group allows."""
+    device: str = ""
+    """Such as "cpu" or "cuda:0"."""
+    device_name: str = ""
+    """For people, such as the GPU's or the processor's model."""
+
+
+class TrainingStarted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A training run has its folder and is about to learn; from rank 0."""
+
+    run: str
+    """The run folder, absolute."""
+    iteration: int
+    """Steps that were done before, where a checkpoint is gone on with."""
+    total: int
+    """Steps of the whole run."""
 
 
 class TrainingStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -176,13 +265,19 @@ class TrainingStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Steps of the whole run."""
     loss: float
     loss_per_head: tuple[float, ...]
+    accuracy_per_head: tuple[float, ...]
+    """Share of each head's targets whose token was the likeliest."""
+    base_loss: float | None = None
+    """Of the base model, where it learns or is about to (Medusa-2)."""
     lr: float
     """Learning rate of the heads in this step."""
     grad_norm: float
     tokens_per_s: float
     """Of all ranks together, in this step."""
     memory_bytes: int
-    """As StageTelemetry.memory_bytes, of rank 0."""
+    """Of rank 0; see memory_kind."""
+    memory_kind: Literal["process", "device"]
+    """Resident memory of the process on CPU, the most allocated on the device so far on CUDA."""
     elapsed_s: float
     """Since the first step of this launch began."""
     remaining_s: float
@@ -209,6 +304,7 @@ Event = (
     | Finished
     | Failed
     | StageTelemetry
+    | TrainingStarted
     | TrainingStep
     | Notice
     | WorkerError

@@ -51,6 +51,8 @@ class TextCodec:
         source = _template_source(folder, settings)
         self.has_chat_template = source is not None
         self.template = _environment().from_string(source or VICUNA_TEMPLATE)
+        self._anchor = self.encode("a", add_special_tokens=False)
+        self._token_texts: dict[int, str] = {}
         self.stop_ids = frozenset(
             [*eos_token_ids, *self._generation_stops(folder), *self._turn_ends()]
         )
@@ -73,6 +75,28 @@ class TextCodec:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`; special tokens written in it are recognised."""
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def token_text(self, token: int) -> str:
+        """One token as text: its leading space kept, a special token by name, "\ufffd" for part of
+        a character."""
+        text = self._token_texts.get(token)
+        if text is None:
+            # Alone a token would lose the space in front of it, as the first word of a text does.
+            before = self.tokenizer.decode(self._anchor, skip_special_tokens=False)
+            both = self.tokenizer.decode([*self._anchor, token], skip_special_tokens=False)
+            text = self._token_texts[token] = both.removeprefix(before)
+        return text
+
+    def says(self, tokens: Sequence[int], text: str) -> bool:
+        """Whether `tokens` can stand for `text` here: not where another tokenizer made them.
+
+        White space does not count, as decoding may add or drop some.
+        """
+        size = self.tokenizer.get_vocab_size()
+        if not all(0 <= token < size for token in tokens):
+            return False
+        decoded = self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+        return "".join(decoded.split()) == "".join(text.split())
 
     def _generation_stops(self, folder: Path) -> list[int]:
         eos = _read_json(folder / "generation_config.json").get("eos_token_id")

@@ -2,7 +2,8 @@
 
 Every layout is read into one set of names, those of the merged model:
 `medusa_head.{h}.{l}.linear.weight|bias` for ResBlock l of head h, and, unless the heads share the
-model's `lm_head`, `medusa_head.{h}.{L}.weight` for the output layer after its L ResBlocks.
+model's `lm_head`, `medusa_head.{h}.{L}.weight` for the output layer after its L blocks. Where the
+first block sees the root token (Jupiter's own layout), it is `medusa_head.{h}.0.fc1|fc2.*`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from engine.checkpoint.child import CONVERT, run_module
 from engine.checkpoint.safetensors_file import read_integers, read_shapes
@@ -22,12 +24,14 @@ from engine.errors import CheckpointError
 from engine.model.config import ModelConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
+HeadKind = Literal["resblock", "root"]
 TOKEN_MAP = "token_map"
 
 BLOCK = re.compile(
     r"(?:medusa_head\.)?(?P<h>\d+)\.(?P<l>\d+)\.linear\.(?P<kind>weight|bias)"
     r"|(?:medusa_heads\.)?blocks\.(?P<vh>\d+)\.layers\.(?P<vl>\d+)\.(?P<vkind>weight|bias)"
 )
+ROOT_BLOCK = re.compile(r"(?:medusa_head\.)?(?P<h>\d+)\.0\.(?P<part>fc[12])\.(?P<kind>weight|bias)")
 OUTPUT = re.compile(
     r"(?:medusa_head\.)?(?P<h>\d+)\.(?P<l>\d+)\.weight"
     r"|(?:medusa_heads\.)?lm_heads\.(?P<vh>\d+)\.weight"
@@ -42,12 +46,19 @@ class HeadSpec:
 
     num_heads: int
     num_layers: int
-    """ResBlocks per head."""
+    """Blocks per head."""
     hidden_size: int
     vocab_size: int | None
     """Rows of each head's output layer; None when the heads share the model's `lm_head`."""
     token_map: tuple[int, ...] | None = None
     """Token id of each of these rows, where they cover a part of the vocabulary."""
+    inner_size: int = 0
+    """Width inside the first block of heads that see the root token; 0 for ResBlocks alone."""
+
+    @property
+    def kind(self) -> HeadKind:
+        """What the heads see."""
+        return "root" if self.inner_size else "resblock"
 
     @property
     def shared_lm_head(self) -> bool:
@@ -80,6 +91,11 @@ def block_name(head: int, layer: int, kind: str) -> str:
     return f"medusa_head.{head}.{layer}.linear.{kind}"
 
 
+def root_name(head: int, part: str, kind: str) -> str:
+    """Canonical name of the "weight" or "bias" of "fc1" or "fc2" of a root block."""
+    return f"medusa_head.{head}.0.{part}.{kind}"
+
+
 def output_name(head: int, num_layers: int) -> str:
     """Canonical name of a head's output layer."""
     return f"medusa_head.{head}.{num_layers}.weight"
@@ -103,8 +119,10 @@ def read_layout(shapes: Shapes, path: Path, *, original: bool = False) -> HeadLa
     """
     found = _sort_names(shapes, path)
     outputs, lm_head = found.outputs, found.lm_head
-    layers = 1 + max((layer for _, layer, _ in found.blocks), default=-1)
-    heads = 1 + max([head for head, _, _ in found.blocks] + list(outputs), default=-1)
+    rooted = bool(found.roots)
+    layers = 1 + max((layer for _, layer, _ in found.blocks), default=0 if rooted else -1)
+    with_parts = [key[0] for key in (*found.blocks, *found.roots)]
+    heads = 1 + max([*with_parts, *outputs], default=-1)
     if not heads:
         raise CheckpointError(f"{path}: holds no Medusa heads, such as 0.0.linear.weight")
     for head, (layer, name) in outputs.items():
@@ -117,9 +135,10 @@ def read_layout(shapes: Shapes, path: Path, *, original: bool = False) -> HeadLa
         lm_head = outputs[0][1] if 0 in outputs else None
     shared = lm_head is not None or not outputs
     names = {block_name(*part): name for part, name in found.blocks.items()}
+    names |= {root_name(*part): name for part, name in found.roots.items()}
     if not shared:
         names |= {output_name(head, layers): name for head, (_, name) in outputs.items()}
-    _check_complete(names, heads, layers, shared, path)
+    _check_complete(names, heads, layers, shared, path, rooted)
     return HeadLayout(heads, layers, names, None if shared else found.token_map, lm_head)
 
 
@@ -128,13 +147,14 @@ class _Names:
     """The tensors of a checkpoint of heads, by what they are."""
 
     blocks: dict[tuple[int, int, str], str]
+    roots: dict[tuple[int, str, str], str]
     outputs: dict[int, tuple[int | None, str]]
     lm_head: str | None = None
     token_map: str | None = None
 
 
 def _sort_names(shapes: Shapes, path: Path) -> _Names:
-    found = _Names({}, {})
+    found = _Names({}, {}, {})
     merged = "model.embed_tokens.weight" in shapes
     for name in shapes:
         if merged and not name.startswith("medusa_head."):
@@ -142,6 +162,8 @@ def _sort_names(shapes: Shapes, path: Path) -> _Names:
         if match := BLOCK.fullmatch(name):
             head, layer = int(match["h"] or match["vh"]), int(match["l"] or match["vl"])
             found.blocks[head, layer, match["kind"] or match["vkind"]] = name
+        elif match := ROOT_BLOCK.fullmatch(name):
+            found.roots[int(match["h"]), match["part"], match["kind"]] = name
         elif match := OUTPUT.fullmatch(name):
             layer_text = match["l"]
             place = None if layer_text is None else int(layer_text)
@@ -156,11 +178,14 @@ def _sort_names(shapes: Shapes, path: Path) -> _Names:
 
 
 def _check_complete(
-    names: Mapping[str, str], heads: int, layers: int, shared: bool, path: Path
+    names: Mapping[str, str], heads: int, layers: int, shared: bool, path: Path, rooted: bool
 ) -> None:
     kinds = ["weight", "bias"] if any(name.endswith(".bias") for name in names) else ["weight"]
     for head in range(heads):
-        wanted = [block_name(head, layer, kind) for layer in range(layers) for kind in kinds]
+        blocks = range(int(rooted), layers)
+        wanted = [block_name(head, layer, kind) for layer in blocks for kind in kinds]
+        if rooted:
+            wanted += [root_name(head, fc, kind) for fc in ("fc1", "fc2") for kind in kinds]
         if not shared:
             wanted.append(output_name(head, layers))
         for name in wanted:
@@ -188,15 +213,16 @@ def make_spec(
     Raises:
         CheckpointError: naming the tensor and both shapes.
     """
+    root = layout.names.get(root_name(0, "fc2", "weight"))
     first = next(iter(layout.names.values()))
-    hidden = shapes[first][-1]
+    hidden, inner = shapes[root] if root else (shapes[first][-1], 0)
+    expect = part_shapes(hidden, inner)
     rows: int | None = None
     for name, stored in layout.names.items():
         shape = shapes[stored]
-        if name.endswith(".linear.weight"):
-            expected: tuple[int, ...] = (hidden, hidden)
-        elif name.endswith(".linear.bias"):
-            expected = (hidden,)
+        part = name.split(".", 3)[-1]
+        if part != "weight":
+            expected: tuple[int, ...] = expect[part]
         else:
             rows = rows or shape[0]
             expected = (rows, hidden)
@@ -210,7 +236,19 @@ def make_spec(
                 f"{path}: the token map has {len(token_map)} tokens, the heads only {rows} rows"
             )
         rows = len(token_map)
-    return HeadSpec(layout.num_heads, layout.num_layers, hidden, rows, token_map)
+    return HeadSpec(layout.num_heads, layout.num_layers, hidden, rows, token_map, inner)
+
+
+def part_shapes(hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parts of blocks, by their names in the block."""
+    return {
+        "linear.weight": (hidden, hidden),
+        "linear.bias": (hidden,),
+        "fc1.weight": (inner, 2 * hidden),
+        "fc1.bias": (inner,),
+        "fc2.weight": (hidden, inner),
+        "fc2.bias": (hidden,),
+    }
 
 
 def inspect_heads(path: Path) -> HeadSpec:

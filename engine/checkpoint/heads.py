@@ -21,7 +21,9 @@ from engine.checkpoint.head_layouts import (
     make_spec,
     original_lm_head,
     output_name,
+    part_shapes,
     read_layout,
+    root_name,
 )
 from engine.checkpoint.reader import open_checkpoint
 from engine.checkpoint.safetensors_file import SINGLE_FILE, write_file
@@ -32,7 +34,7 @@ from engine.errors import CheckpointError
 __all__ = ["HeadReader", "HeadSpec", "check_heads", "inspect_heads", "read_heads", "write_heads"]
 
 LM_HEAD = "lm_head.weight"
-Layout = Literal["fasterdecoding", "v2", "vllm"]
+Layout = Literal["fasterdecoding", "v2", "vllm", "jupiter"]
 
 
 class HeadReader:
@@ -60,10 +62,10 @@ class HeadReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a part that `tensor` gives."""
-        spec = self.spec
-        if ".linear." not in name:
+        spec, part = self.spec, name.split(".", 3)[-1]
+        if part == "weight":
             return (spec.vocab_size or 0, spec.hidden_size)
-        return (spec.hidden_size,) * (2 if name.endswith("weight") else 1)
+        return part_shapes(spec.hidden_size, spec.inner_size)[part]
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a part that `tensor` gives."""
@@ -83,9 +85,9 @@ class HeadReader:
         if name not in self.layout.names:
             if name not in self.keys():
                 raise CheckpointError(f"{self.path}: tensor {name} is missing")
-            return torch.zeros(self.spec.hidden_size, dtype=self.dtype(name))
+            return torch.zeros(self.shape(name), dtype=self.dtype(name))
         tensor = self._reader.tensor(self.layout.names[name])
-        is_output = ".linear." not in name
+        is_output = name.split(".", 3)[-1] == "weight"
         if is_output and self.token_map is not None and len(tensor) > len(self.token_map):
             return tensor[self.token_map]
         return tensor
@@ -100,7 +102,10 @@ def head_names(num_heads: int, spec: HeadSpec) -> list[str]:
     """Canonical names of all parts of the first `num_heads` heads."""
     names = []
     for head in range(num_heads):
-        for layer in range(spec.num_layers):
+        if spec.kind == "root":
+            parts = [(fc, kind) for fc in ("fc1", "fc2") for kind in ("weight", "bias")]
+            names += [root_name(head, fc, kind) for fc, kind in parts]
+        for layer in range(int(spec.kind == "root"), spec.num_layers):
             names += [block_name(head, layer, kind) for kind in ("weight", "bias")]
         if not spec.shared_lm_head:
             names.append(output_name(head, spec.num_layers))
@@ -159,6 +164,8 @@ def write_heads(
         config = {"medusa_num_heads": spec.num_heads, "medusa_num_layers": spec.num_layers}
         if layout == "v2":
             config["version"] = "2"
+        elif layout == "jupiter":
+            config |= {"medusa_head_kind": spec.kind, "medusa_inner_size": spec.inner_size}
     if base_model is not None:
         config["base_model_name_or_path"] = base_model
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +183,9 @@ def write_heads(
 
 def _refuse(spec: HeadSpec, layout: Layout, folder: Path, lm_head: Tensor | None) -> None:
     """Raise CheckpointError for a kind of heads that `layout` cannot hold."""
-    if layout != "vllm" and spec.token_map is not None:
+    if layout != "jupiter" and spec.kind == "root":
+        problem = "heads that see the root token; use layout jupiter"
+    elif layout not in ("vllm", "jupiter") and spec.token_map is not None:
         problem = "a token_map (a part of the vocabulary); use layout vllm"
     elif layout == "fasterdecoding" and spec.shared_lm_head:
         problem = "heads that share lm_head; use layout v2"

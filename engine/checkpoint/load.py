@@ -18,6 +18,8 @@ from engine.model.config import ModelConfig
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 HEADS = "medusa_head."
+ROOT_EMBEDDING = "root_embedding.weight"
+"""The last stage's own copy of the embedding, for heads that see the root token."""
 
 
 def load_weights(
@@ -81,7 +83,8 @@ class _Found:
 
 def _base_tensors(names: list[str], folder: Path) -> Iterator[_Found]:
     tied = ModelConfig.from_folder(folder).tie_word_embeddings
-    sources = {name: EMBEDDING if tied and name == LM_HEAD else name for name in names}
+    copies = {ROOT_EMBEDDING, LM_HEAD} if tied else {ROOT_EMBEDDING}
+    sources = {name: EMBEDDING if name in copies else name for name in names}
     with open_checkpoint(folder) as reader:
         # File by file, so that each is opened once.
         for name, source in sorted(sources.items(), key=lambda item: str(reader.file(item[1]))):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,7 +120,8 @@ class KVStore:
     @property
     def nbytes(self) -> int:
         """Bytes that the caches made so far take when they are full."""
-        return sum(cache.nbytes for cache in self._caches.values())
+        # Read by the telemetry's thread as well, while a cache may be made.
+        return sum(cache.nbytes for cache in tuple(self._caches.values()))
 
     def find(self, slot: int) -> tuple[KVCache, int]:
         """The cache that holds a slot, and the slot's number in it."""
@@ -137,7 +138,9 @@ class KVStore:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # NumPy's zeros are pages of the system that cost nothing until they are written; torch's are
-    # written at once, and most of a context is never used.
-    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(pages).view(dtype).view(shape)
+    # Pages of the system cost nothing until they are written; torch's zeros are written at once,
+    # and most of a context is never used. Huge pages would fill whole megabytes for one row.
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

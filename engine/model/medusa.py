@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from engine.model.config import ModelConfig
 from engine.model.llama import LlamaDecoderLayer, LlamaModel, Rows
+
+
+HeadKind = Literal["resblock", "root"]
+"""What a head sees: the last hidden state alone, or also the token chosen from it."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +23,14 @@ class HeadShape:
 
     num_heads: int
     num_layers: int = 1
-    """ResBlocks per head."""
+    """Blocks per head."""
     vocab_size: int | None = None
     """Rows of each head's own output layer; None when the heads share `lm_head`."""
     token_map: tuple[int, ...] | None = None
     """Token id of each output row, where the heads draft from a part of the vocabulary."""
+    kind: HeadKind = "resblock"
+    inner_size: int = 0
+    """Width between the two products of the first block of a "root" head."""
 
 
 NO_HEADS = HeadShape(0)
@@ -40,6 +49,32 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same."""
         return x + self.act(self.linear(x))
+
+
+class RootBlock(nn.Module):
+    """x + fc2(SiLU(fc1([norm(x); norm(e)]))), e the embedding of the token that follows x.
+
+    That token, the root of the draft tree, is known when drafting begins; a ResBlock has to guess
+    it along with what comes after. A new block is the identity, because `fc2` starts at zero.
+    Both inputs are brought to a root mean square of 1, whatever the model's own scales are.
+    """
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(2 * hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor, root: Tensor) -> Tensor:
+        """Hidden states and embeddings, both [..., hidden_size] -> the same."""
+        both = torch.cat((_normed(x), _normed(root)), dim=-1)
+        return x + self.fc2(self.act(self.fc1(both)))
+
+
+def _normed(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
 
 
 class MedusaLlamaForCausalLM(nn.Module):
@@ -70,12 +105,20 @@ class MedusaLlamaForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         if heads.num_heads:
             self.medusa_head = nn.ModuleList(self._head() for _ in range(heads.num_heads))
+        if heads.kind == "root" and not first and not config.tie_word_embeddings:
+            self.root_embedding = nn.Embedding(
+                config.vocab_size,
+                config.hidden_size,
+                _weight=torch.zeros(config.vocab_size, config.hidden_size),
+            )
 
     def _head(self) -> nn.Sequential:
-        width = self.config.hidden_size
-        modules: list[nn.Module] = [ResBlock(width) for _ in range(self.heads.num_layers)]
-        if self.heads.vocab_size is not None:
-            modules.append(nn.Linear(width, self.heads.vocab_size, bias=False))
+        width, heads = self.config.hidden_size, self.heads
+        modules: list[nn.Module] = [ResBlock(width) for _ in range(heads.num_layers)]
+        if heads.kind == "root":
+            modules[0] = RootBlock(width, heads.inner_size)
+        if heads.vocab_size is not None:
+            modules.append(nn.Linear(width, heads.vocab_size, bias=False))
         return nn.Sequential(*modules)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
@@ -86,16 +129,41 @@ class MedusaLlamaForCausalLM(nn.Module):
         x = self.model(x, rows)
         return self.model.norm(x) if hasattr(self.model, "norm") else x
 
-    def head_logits(self, hidden: Tensor) -> Tensor:
-        """Medusa logits [num_heads, n, rows of the heads' vocabulary] of normed [n, hidden]."""
-        outputs = [head(hidden) for head in self.medusa_head]
-        if self.heads.vocab_size is None:
-            outputs = list(self.lm_head(torch.cat(outputs)).split(len(hidden)))
-        return torch.stack(outputs)
+    def head_hidden(self, head: int, hidden: Tensor, roots: Tensor) -> Tensor:
+        """What goes into a head's output layer: [n, hidden_size].
 
-    def draft(self, hidden: Tensor, k: int) -> Tensor:
+        Args:
+            hidden: normed, [n, hidden_size].
+            roots: int64 [n], the token that follows each; only "root" heads look at it.
+        """
+        blocks = list(self.medusa_head[head])[: self.heads.num_layers]  # type: ignore[call-overload]
+        if self.heads.kind == "root":
+            hidden = blocks.pop(0)(hidden, self._embed_root(roots))
+        for block in blocks:
+            hidden = block(hidden)
+        return hidden
+
+    def _embed_root(self, tokens: Tensor) -> Tensor:
+        """Embeddings [n, hidden_size], through which no gradient flows."""
+        if hasattr(self, "root_embedding"):
+            weight = self.root_embedding.weight
+        elif self.config.tie_word_embeddings:
+            weight = self.lm_head.weight
+        else:
+            weight = self.model.embed_tokens.weight
+        return F.embedding(tokens, weight.detach())
+
+    def head_logits(self, hidden: Tensor, roots: Tensor) -> Tensor:
+        """Medusa logits [num_heads, n, rows of the heads' vocabulary]; see `head_hidden`."""
+        outputs = [self.head_hidden(h, hidden, roots) for h in range(self.heads.num_heads)]
+        if self.heads.vocab_size is None:
+            return torch.stack(self.lm_head(torch.cat(outputs)).split(len(hidden)))
+        heads = zip(self.medusa_head, outputs, strict=True)
+        return torch.stack([head[-1](x) for head, x in heads])  # type: ignore[index]
+
+    def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
         """The k likeliest tokens of each head, int64 [n, num_heads, k], likeliest first."""
-        best = self.head_logits(hidden).topk(k, dim=-1).indices
+        best = self.head_logits(hidden, roots).topk(k, dim=-1).indices
         if self.heads.token_map is not None:
             best = torch.tensor(self.heads.token_map, device=best.device)[best]
         return best.transpose(0, 1)

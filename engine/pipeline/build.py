@@ -50,7 +50,14 @@ def make_plan(config: JupiterConfig, folder: Path) -> Plan:
     heads, heads_path = NO_HEADS, None
     if found is not None:
         heads_path, spec = found
-        heads = HeadShape(spec.num_heads, spec.num_layers, spec.vocab_size, spec.token_map)
+        heads = HeadShape(
+            spec.num_heads,
+            spec.num_layers,
+            spec.vocab_size,
+            spec.token_map,
+            spec.kind,
+            spec.inner_size,
+        )
     return Plan(
         config=config,
         folder=folder,
@@ -127,4 +134,3 @@ def _warm_up(stage: Stage, hidden_size: int) -> None:
     out = stage.run([entry], hidden)
     if stage.last:
         stage.judge([entry], out)
-    stage.busy_s, stage.steps, stage.rows = 0.0, 0, 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from enum import IntEnum
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from engine.pipeline.meter import StageMeter
 
 HEADER_LENGTH = 4
 
@@ -31,8 +34,16 @@ class Link:
     """
 
     def __init__(
-        self, *, hidden_size: int, dtype: torch.dtype, device: torch.device, nccl: bool = False
+        self,
+        *,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        nccl: bool = False,
+        meter: StageMeter | None = None,
     ) -> None:
+        """`meter`: what the sending thread's time is booked on."""
+        self.meter = meter or StageMeter()
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.device = device
@@ -51,6 +62,10 @@ class Link:
 
         `hidden` is [rows, hidden_size] of the link's dtype.
         """
+        with self.meter.during("link"):
+            self._send(to, kind, numbers, hidden)
+
+    def _send(self, to: int, kind: Kind, numbers: list[int] | None, hidden: Tensor | None) -> None:
         turn = self._turn = 1 - self._turn
         for work in self._sending[turn]:
             work.wait()
@@ -73,15 +88,25 @@ class Link:
             works.append(dist.isend(payload[:size], to))
         self._sending[turn] = [work for work in works if work is not None]
 
-    def receive(self, source: int) -> tuple[Kind, list[int], Tensor]:
+    def receive(
+        self, source: int, meter: StageMeter | None = None
+    ) -> tuple[Kind, list[int], Tensor]:
         """Wait for the next message of `source`.
+
+        With a `meter` what follows the header counts as time of the link; until the header is
+        there, the caller's own activity goes on.
 
         Returns its kind, its numbers, and its hidden states on the device (valid until the next
         receive). Raises RuntimeError when the peer is gone or the group's timeout has passed.
         """
-        header, payload = self._incoming
+        header, _ = self._incoming
         dist.recv(header, source)
         kind, count, rows, _ = header.tolist()
+        with nullcontext() if meter is None else meter.during("link"):
+            return Kind(kind), *self._payload(source, count, rows)
+
+    def _payload(self, source: int, count: int, rows: int) -> tuple[list[int], Tensor]:
+        header, payload = self._incoming
         split, size = count * 8, count * 8 + rows * self.row_bytes
         if len(payload) < size:
             payload = self._buffer(2 * size)
@@ -90,7 +115,7 @@ class Link:
             dist.recv(payload[:size], source)
         numbers = payload[:split].view(torch.int64).tolist()
         hidden = payload[split:size].view(self.dtype).view(rows, self.hidden_size)
-        return Kind(kind), numbers, hidden.to(self.device)
+        return numbers, hidden.to(self.device)
 
     def flush(self) -> None:
         """Wait until everything sent has left."""

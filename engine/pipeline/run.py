@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
-import torch
 import torch.distributed as dist
 
 from engine.checkpoint.tokenizer import ensure_tokenizer
@@ -17,12 +14,12 @@ from engine.errors import StageLostError
 from engine.pipeline.build import Plan
 from engine.pipeline.group import tick_seconds
 from engine.pipeline.link import Kind, Link
+from engine.pipeline.meter import StageMeter
 from engine.pipeline.scheduler import Arrived, LinkDown, Scheduler
 from engine.pipeline.stage import Stage, serve
-from engine.protocol import EngineReady, Event, StageTelemetry
+from engine.pipeline.telemetry import TelemetrySender
+from engine.protocol import EngineReady, Event
 from engine.text import TextCodec
-
-TELEMETRY_S = 0.5
 
 
 def run_rank(
@@ -39,7 +36,7 @@ def run_rank(
     Raises StageLostError when a neighbour is gone.
     """
     world = plan.config.world_size
-    telemetry = _Telemetry(stage, len(plan.layers(rank)), emit)
+    stage.meter = StageMeter()  # what came before, such as warming up, is not of the run
     link = None
     if world > 1:
         link = Link(
@@ -47,13 +44,14 @@ def run_rank(
             dtype=plan.dtype,
             device=stage.device,
             nccl=dist.get_backend() == "nccl",
+            meter=stage.meter,
         )
     try:
-        if rank > 0:
-            assert link is not None
-            serve(stage, link, rank, world, on_step=telemetry.send)
-            return
-        _run_first(plan, stage, link, inbox, emit, telemetry)
+        with TelemetrySender(stage, len(plan.layers(rank)), emit):
+            if link is not None and rank > 0:
+                serve(stage, link, rank, world)
+            else:
+                _run_first(plan, stage, link, inbox, emit)
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
@@ -66,7 +64,6 @@ def _run_first(
     link: Link | None,
     inbox: queue.SimpleQueue[Any],
     emit: Callable[[Event], None],
-    telemetry: _Telemetry,
 ) -> None:
     codec = load_codec(plan)
     if link is not None:
@@ -88,10 +85,8 @@ def _run_first(
         inbox=inbox,
         emit=emit,
         tick_s=tick_seconds(plan.config),
-        on_step=telemetry.send,
     )
     emit(_ready(plan, stage, codec))
-    telemetry.send()
     scheduler.run()
 
 
@@ -127,35 +122,6 @@ def _receive_results(link: Link, last: int, inbox: queue.SimpleQueue[Any]) -> No
             inbox.put(LinkDown(_first_line(error)))
             return
         inbox.put(Arrived(kind, numbers))
-
-
-class _Telemetry:
-    """Sends the stage's own figures, at most every TELEMETRY_S seconds."""
-
-    def __init__(self, stage: Stage, layers: int, emit: Callable[[Event], None]) -> None:
-        self.stage, self.layers, self.emit = stage, layers, emit
-        self.process = psutil.Process()
-        self.sent = 0.0
-
-    def send(self) -> None:
-        now = time.monotonic()
-        if now - self.sent < TELEMETRY_S:
-            return
-        self.sent = now
-        on_gpu = self.stage.device.type == "cuda"
-        self.emit(
-            StageTelemetry(
-                layers=self.layers,
-                memory_bytes=torch.cuda.memory_allocated(self.stage.device)
-                if on_gpu
-                else self.process.memory_info().rss,
-                memory_kind="device" if on_gpu else "process",
-                busy_s=self.stage.busy_s,
-                wait_s=self.stage.wait_s,
-                steps=self.stage.steps,
-                rows=self.stage.rows,
-            )
-        )
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import math
 import queue
-import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from engine.config import JupiterConfig
-from engine.decoding.accept import GREEDY, NUCLEUS, RULES, AcceptRule
 from engine.decoding.tree import Tree
 from engine.errors import PromptError, StageLostError
 from engine.pipeline.batch import Entry, Judge, Result, decode_results, encode_batch
 from engine.pipeline.link import Kind, Link
+from engine.pipeline.rule import accept_rule
 from engine.pipeline.sequence import Limits, Sequence
 from engine.pipeline.slots import SlotTable
 from engine.pipeline.stage import Stage
+from engine.pipeline.tracing import step_trace
 from engine.protocol import (
     Cancel,
     Event,
@@ -32,9 +32,8 @@ from engine.protocol import (
     Finished,
     Generate,
     Metrics,
-    SamplingParams,
     Shutdown,
-    Started,
+    StepTrace,
     Tokens,
 )
 from engine.text import TextCodec, TextStream
@@ -43,6 +42,8 @@ from engine.text import TextCodec, TextStream
 MIN_CHUNK = 32
 # A stage may have a long chunk to finish before it sees the stop; nobody waits longer for it.
 STOP_S = 3.0
+# Seconds without work after which the other stages are told that there is none.
+REST_S = 0.05
 
 
 @dataclass
@@ -84,11 +85,10 @@ class Scheduler:
         inbox: queue.SimpleQueue[Any],
         emit: Callable[[Event], None],
         tick_s: float,
-        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.stage, self.link, self.codec, self.config, self.tree = stage, link, codec, config, tree
         self.context_length = context_length
-        self.inbox, self.emit, self.tick_s, self.on_step = inbox, emit, tick_s, on_step
+        self.inbox, self.emit, self.tick_s = inbox, emit, tick_s
         self.slots = SlotTable(config.max_num_seqs)
         self.waiting: deque[tuple[Generate, float]] = deque()
         self.running: list[Sequence] = []
@@ -96,6 +96,7 @@ class Scheduler:
         # One micro-batch for each stage, and one on its way.
         self.max_flights = config.world_size + 1 if link else 1
         self.tick_out = False
+        self.resting = True
         self.prefill_next = True
         self.stopping = False
 
@@ -110,7 +111,6 @@ class Scheduler:
             if flight is not None:
                 self._dispatch(flight)
             self._handle_inbox(wait=flight is None)
-            self.on_step()
         if self.link:
             self.link.send(1, Kind.STOP)
             self._await_stop()
@@ -134,17 +134,21 @@ class Scheduler:
                 self._handle(self.inbox.get_nowait())
 
     def _wait(self) -> None:
-        """Wait for the next message; send a tick round when none comes for a while."""
-        began = time.perf_counter()
+        """Wait for the next message; send a tick round when none comes for a while.
+
+        The first tick after some work comes soon: from it the stages know that they are idle.
+        """
+        timeout = self.tick_s if self.flights or self.resting else min(REST_S, self.tick_s)
         try:
-            item = self.inbox.get(timeout=self.tick_s)
+            with self.stage.meter.during("wait" if self.flights else "idle"):
+                item = self.inbox.get(timeout=timeout)
         except queue.Empty:
-            if self.link and not self.flights and not self.tick_out:
-                self.link.send(1, Kind.TICK)
-                self.tick_out = True
+            if not self.flights and not self.tick_out:
+                self.resting = True
+                if self.link:
+                    self.link.send(1, Kind.TICK)
+                    self.tick_out = True
             return
-        if self.flights:
-            self.stage.wait_s += time.perf_counter() - began
         self._handle(item)
 
     def _handle(self, item: Any) -> None:
@@ -166,8 +170,7 @@ class Scheduler:
         for sequence in self.running:
             if sequence.request_id == request_id:
                 sequence.finish_reason = "cancelled"
-                self._show(sequence, [], sequence.stream.flush())
-                self._finish(sequence)
+                self._end(sequence)
                 return
         for waiting in self.waiting:
             if waiting[0].request_id == request_id:
@@ -187,26 +190,32 @@ class Scheduler:
                 self.emit(Failed(request_id=request.request_id, message=str(error), code=code))
                 continue
             self.running.append(sequence)
-            self.emit(
-                Started(
-                    request_id=sequence.request_id,
-                    prompt_tokens=sequence.prompt_tokens,
-                    cached_tokens=sequence.cached_tokens,
-                )
-            )
+            self.emit(sequence.started())
+            if sequence.finish_reason is not None:
+                self._end(sequence)
 
     def _start(self, request: Generate, arrived: float) -> Sequence:
         params, codec = request.params, self.codec
         rule = accept_rule(params, self.config)
         chat = request.messages is not None
         text = codec.render(request.messages) if request.messages else request.prompt or ""
-        place = self.slots.acquire(text, codec, chat=chat, limit=self.context_length)
+        self._check_answered(request.answered)
+        place = self.slots.acquire(
+            text,
+            codec,
+            chat=chat,
+            limit=self.context_length,
+            transcript=request.transcript,
+            answered=request.answered,
+        )
         slot, tokens, cached = place.slot, place.tokens, place.cached
-        return Sequence(
+        new = len(tokens) + len(request.answered) - cached
+        sequence = Sequence(
             request_id=request.request_id,
             tokens=list(tokens),
             prompt_tokens=len(tokens),
-            cached_tokens=cached,
+            begun=len(tokens),
+            cached_tokens=min(cached, len(tokens)),
             slot=slot,
             prompt_text=text,
             rule=rule,
@@ -219,10 +228,23 @@ class Scheduler:
             arrived=arrived,
             stop_ids=codec.stop_ids,
             fed=cached,
-            chunk=self._chunk(len(tokens) - cached),
+            chunk=self._chunk(new),
             keep=slot.keep,
             keep_to=slot.keep_to,
+            trace=request.trace,
+            transcript_wanted=request.transcript_wanted,
         )
+        if request.answered:
+            # The row behind the last of them gives the next token, as a decode step would have.
+            sequence.steps_before = request.answered_steps + 1
+            sequence.recall(request.answered)
+        return sequence
+
+    def _check_answered(self, tokens: Iterable[int]) -> None:
+        size = self.stage.model.config.vocab_size
+        for token in tokens:
+            if not 0 <= token < size:
+                raise PromptError(f"answered: token {token} is none of this model's {size}")
 
     def _chunk(self, new_tokens: int) -> int:
         """Rows per prefill chunk: enough chunks to fill the stages, none of them tiny."""
@@ -235,7 +257,7 @@ class Scheduler:
 
     def _next_flight(self) -> _Flight | None:
         """Prefill chunks and decode steps take turns where both wait."""
-        prefill = [s for s in self.running if s.fed < s.prompt_tokens]
+        prefill = [s for s in self.running if s.fed < s.begun]
         decode = [s for s in self.running if s.ready_to_decode]
         if prefill and (self.prefill_next or not decode):
             self.prefill_next = False
@@ -249,11 +271,11 @@ class Scheduler:
         flight = _Flight([], [])
         room = self.config.max_sub_sequence_len
         for sequence in sequences:
-            n = min(sequence.chunk, sequence.prompt_tokens - sequence.fed, room)
+            n = min(sequence.chunk, sequence.begun - sequence.fed, room)
             if n == 0:
                 break
             start = sequence.fed
-            last = start + n == sequence.prompt_tokens
+            last = start + n == sequence.begun
             entry = self._entry(sequence, sequence.tokens[start : start + n], range(-1, n - 1))
             entry.judge = Judge.LAST if last else Judge.NONE
             sequence.fed += n
@@ -286,6 +308,7 @@ class Scheduler:
         return entry
 
     def _dispatch(self, flight: _Flight) -> None:
+        self.resting = False
         hidden = self.stage.run(flight.entries, None)
         if self.link is None:
             self._land(flight, self.stage.judge(flight.entries, hidden))
@@ -317,51 +340,31 @@ class Scheduler:
             moved = next((i for i, node in enumerate(result.path) if node != i), length)
             sequence.keep = [start + node for node in result.path[moved:]]
             sequence.keep_to = start + moved
-        taken, text = sequence.take(tokens)
+        taken, pieces = sequence.take(tokens)
         if entry.judge is Judge.TREE:
             sequence.decode_tokens += len(taken)
-        self._show(sequence, taken, text)
+        trace = (step_trace(self.codec, entry, result, pieces),) if sequence.trace else ()
+        self._show(sequence, taken, "".join(pieces), trace)
         if sequence.finish_reason is not None:
             self._finish(sequence)
 
-    def _show(self, sequence: Sequence, tokens: list[int], text: str) -> None:
+    def _show(
+        self, sequence: Sequence, tokens: list[int], text: str, trace: tuple[StepTrace, ...] = ()
+    ) -> None:
         if tokens or text:
-            self.emit(Tokens(request_id=sequence.request_id, token_ids=tuple(tokens), text=text))
+            ids = tuple(tokens)
+            name = sequence.request_id
+            self.emit(Tokens(request_id=name, token_ids=ids, text=text, trace=trace))
+
+    def _end(self, sequence: Sequence) -> None:
+        """Finish what is not in the middle of a step."""
+        self._show(sequence, [], sequence.stream.flush())
+        self._finish(sequence)
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.release()
         self.running.remove(sequence)
         self.emit(sequence.finished())
-
-
-def accept_rule(params: SamplingParams, config: JupiterConfig) -> AcceptRule:
-    """How a request's tokens are chosen: its own parameters before the config's.
-
-    A request that names top_p asks for nucleus sampling, whatever the config's rule is.
-    Raises PromptError for a value out of range.
-    """
-    temperature = config.temperature if params.temperature is None else params.temperature
-    top_p = config.top_p if params.top_p is None else params.top_p
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise PromptError(f"temperature {temperature}: must be 0 or more")
-    if not 0 < top_p <= 1:
-        raise PromptError(f"top_p {top_p}: must be above 0 and at most 1")
-    if params.max_tokens is not None and params.max_tokens < 1:
-        raise PromptError(f"max_tokens {params.max_tokens}: must be 1 or more")
-    seed = secrets.randbits(62) if params.seed is None else params.seed
-    rule = RULES[config.sampling]
-    if temperature == 0:
-        rule = GREEDY
-    elif params.top_p is not None:
-        rule = NUCLEUS
-    return AcceptRule(
-        rule=rule,
-        temperature=temperature,
-        top_p=top_p,
-        posterior_threshold=config.posterior_threshold,
-        posterior_alpha=config.posterior_alpha,
-        seed=(seed + 2**63) % 2**64 - 2**63,
-    )
 
 
 def _never_started(request_id: str) -> Finished:

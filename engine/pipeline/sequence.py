@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.decoding.accept import AcceptRule
 from engine.decoding.tree import Tree
 from engine.pipeline.slots import Slot
-from engine.protocol import Finished, FinishReason, Metrics
+from engine.protocol import Finished, FinishReason, Metrics, Started, Transcript
 from engine.text import TextStream
 
 
@@ -29,6 +30,9 @@ class Sequence:
     tokens: list[int]
     """Prompt and accepted answer; the last accepted token's KV row is not there yet."""
     prompt_tokens: int
+    begun: int
+    """Tokens that were there at the beginning, all of which are prefilled: the prompt, and what
+    the answer had already; see `recall`."""
     cached_tokens: int
     slot: Slot
     prompt_text: str
@@ -41,9 +45,14 @@ class Sequence:
     """KV rows that were sent and count, once `keep` is carried out."""
     chunk: int
     """Rows of the prompt that go into one micro-batch."""
+    steps_before: int = 0
+    """Decode steps that the answer took elsewhere."""
+    transcript_wanted: bool = False
     keep: list[int] = field(default_factory=list)
     keep_to: int = 0
     candidates: list[list[int]] = field(default_factory=list)
+    trace: bool = False
+    """How each token came is sent along."""
     in_flight: bool = False
     """A decode step is under way."""
     finish_reason: FinishReason | None = None
@@ -70,25 +79,38 @@ class Sequence:
         """The next tree can be sent."""
         return not (self.prefilling or self.in_flight or self.finish_reason)
 
-    def take(self, tokens: list[int]) -> tuple[list[int], str]:
+    def recall(self, answered: Iterable[int]) -> None:
+        """Begin behind tokens of the answer that were shown before; they may end it at once."""
+        for token in answered:
+            self.tokens.append(token)
+            if token in self.stop_ids or self.stream.push(token).stopped:
+                self.finish_reason = "stop"
+                break
+        else:
+            if self._limit_reached():
+                self.finish_reason = "length"
+        self.begun = len(self.tokens)
+
+    def take(self, tokens: list[int]) -> tuple[list[int], list[str]]:
         """Add accepted tokens until one ends the answer.
 
-        Returns the tokens that count and the text they add; sets `finish_reason` at an end.
+        Returns the tokens that count and the text that each adds; sets `finish_reason` at an end.
         """
         now = time.perf_counter()
         if self.first_token_at is None:
             self.first_token_at = now
         self.last_token_at = now
         taken: list[int] = []
-        text = ""
+        pieces: list[str] = []
         for token in tokens:
             taken.append(token)
+            pieces.append("")
             self.tokens.append(token)
             if token in self.stop_ids:
                 self.finish_reason = "stop"
                 break
             piece = self.stream.push(token)
-            text += piece.text
+            pieces[-1] = piece.text
             if piece.stopped:
                 self.finish_reason = "stop"
                 break
@@ -96,11 +118,15 @@ class Sequence:
                 self.finish_reason = "length"
                 break
         steps = self.limits.max_steps
-        if self.finish_reason is None and steps is not None and self.decode_steps >= steps:
+        if (
+            self.finish_reason is None
+            and steps is not None
+            and self.steps_before + self.decode_steps >= steps
+        ):
             self.finish_reason = "length"
         if self.finish_reason is not None:
-            text += self.stream.flush()
-        return taken, text
+            pieces[-1] += self.stream.flush()
+        return taken, pieces
 
     def count_step(self, tree: Tree, path_length: int) -> None:
         """Book one decode step: which head depths were proposed and which accepted."""
@@ -123,9 +149,21 @@ class Sequence:
         slot.text = self.prompt_text + self.stream.text if exact else ""
         slot.busy = False
 
+    def started(self) -> Started:
+        """The opening event."""
+        prompt = self.tokens[: self.prompt_tokens]
+        wanted = self.transcript_wanted
+        return Started(
+            request_id=self.request_id,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            transcript=Transcript(self.prompt_text, tuple(prompt)) if wanted else None,
+        )
+
     def finished(self) -> Finished:
-        """The closing event."""
+        """The closing event, once the slot is released."""
         assert self.finish_reason is not None
+        slot, wanted = self.slot, self.transcript_wanted
         return Finished(
             request_id=self.request_id,
             finish_reason=self.finish_reason,
@@ -134,6 +172,7 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             completion_tokens=len(self.answer),
             metrics=self._metrics(),
+            transcript=Transcript(slot.text, tuple(slot.tokens)) if wanted else None,
         )
 
     def _limit_reached(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import PromptError, PromptTooLongError
+from engine.protocol import Transcript
 from engine.text import TextCodec
 
 
@@ -34,7 +35,7 @@ class Place:
     tokens: list[int]
     """The prompt's tokens."""
     cached: int
-    """How many of them have their rows in the slot already."""
+    """How many of these, and of the answer's, have their rows in the slot already."""
 
 
 class SlotTable:
@@ -48,19 +49,45 @@ class SlotTable:
         """Whether `acquire` would find one."""
         return any(not slot.busy for slot in self.slots)
 
-    def acquire(self, text: str, codec: TextCodec, *, chat: bool, limit: int) -> Place:
+    def acquire(
+        self,
+        text: str,
+        codec: TextCodec,
+        *,
+        chat: bool,
+        limit: int,
+        transcript: Transcript | None = None,
+        answered: Sequence[int] = (),
+    ) -> Place:
         """Take the free slot that shares the longest beginning with the prompt.
 
         At most all tokens but the last count as cached: its row must run to give the answer's
-        first token. Raises PromptError when the prompt has `limit` tokens or more.
+        next token. Raises PromptError when the prompt has `limit` tokens or more.
+
+        Args:
+            text: the prompt.
+            codec: the tokenizer.
+            chat: `text` is a rendered conversation, which may go on from an earlier one.
+            limit: tokens of the context.
+            transcript: how the client knows the beginning of the prompt to be encoded.
+            answered: tokens that the answer has already.
         """
         plain = codec.encode(text, add_special_tokens=not chat)
+        known = 0
+        if chat and transcript is not None and codec.says(transcript.token_ids, transcript.text):
+            tokens = encode_on(transcript.text, transcript.token_ids, text, codec)
+            if tokens is not None:
+                plain, known = tokens, len(transcript.text)
         found = []
         for slot in self.slots:
             if slot.busy:
                 continue
-            tokens = (encode_on(slot, text, codec) if chat else None) or plain
-            shared = min(shared_prefix(slot.tokens, tokens), slot.rows, len(tokens) - 1)
+            tokens = None
+            if chat and len(slot.text) > known:
+                tokens = encode_on(slot.text, slot.tokens, text, codec)
+            tokens = tokens or plain
+            whole = [*tokens, *answered]
+            shared = min(shared_prefix(slot.tokens, whole), slot.rows, len(whole) - 1)
             found.append((shared, -slot.used, slot, tokens))
         shared, _, slot, tokens = max(found, key=lambda entry: entry[:2])
         if not tokens:
@@ -75,15 +102,15 @@ class SlotTable:
         return Place(slot, tokens, shared)
 
 
-def encode_on(slot: Slot, text: str, codec: TextCodec) -> list[int] | None:
-    """Tokens of a prompt that goes on from the slot's text, beginning with the slot's own.
+def encode_on(before: str, tokens: Sequence[int], text: str, codec: TextCodec) -> list[int] | None:
+    """Tokens of a prompt that goes on from the text `before`, whose tokens are known.
 
     A model may write text in other tokens than the tokenizer would; encoding only what is new
-    keeps every row that is there. None when the prompt does not go on from the slot.
+    keeps every row that is there. None when the prompt does not go on from there.
     """
-    if not slot.text or not text.startswith(slot.text):
+    if not before or not text.startswith(before):
         return None
-    return slot.tokens + codec.encode(text[len(slot.text) :], add_special_tokens=False)
+    return [*tokens, *codec.encode(text[len(before) :], add_special_tokens=False)]
 
 
 def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:

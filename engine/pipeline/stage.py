@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -23,6 +23,7 @@ from engine.pipeline.batch import (
     row_slices,
 )
 from engine.pipeline.link import Kind, Link
+from engine.pipeline.meter import Activity, StageMeter
 
 
 class Stage:
@@ -50,10 +51,7 @@ class Stage:
             dtype=dtype,
             device=device,
         )
-        self.busy_s = 0.0
-        self.wait_s = 0.0
-        self.steps = 0
-        self.rows = 0
+        self.meter = StageMeter()
 
     @torch.inference_mode()
     def run(self, entries: Sequence[Entry], hidden: Tensor | None) -> Tensor:
@@ -77,9 +75,11 @@ class Stage:
         if hidden is None:
             hidden = torch.tensor([t for e in entries for t in e.tokens], device=self.device)
         out = self.model(hidden, rows)
-        self.steps += 1
-        self.rows += len(out)
-        self.busy_s += time.perf_counter() - began
+        if self.device.type == "cuda":
+            # A kernel runs on after its call: without this the link would be blamed for its time.
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - began
+        self.meter.count(len(out), decode=is_decode(entries), seconds=seconds)
         return out
 
     @torch.inference_mode()
@@ -103,11 +103,18 @@ class Stage:
         width = max(entry.draft_width for entry in judged)
         if width:
             ends = [p[r.path[-1]] for p, r in zip(picked, results, strict=True)]
-            drafts = self.model.draft(torch.stack(ends), width).tolist()
+            roots = torch.tensor([result.next_token for result in results], device=self.device)
+            drafts = self.model.draft(torch.stack(ends), roots, width).tolist()
             for entry, result, tokens in zip(judged, results, drafts, strict=True):
                 result.candidates = [head[: entry.draft_width] for head in tokens]
-        self.busy_s += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.meter.count_judging(decode=is_decode(entries), seconds=seconds)
         return results
+
+
+def is_decode(entries: Sequence[Entry]) -> bool:
+    """Whether a micro-batch is a decode step; no other entries share a micro-batch with one."""
+    return entries[0].judge is Judge.TREE
 
 
 def _result(entry: Entry, logits: Tensor) -> Result:
@@ -119,17 +126,16 @@ def _result(entry: Entry, logits: Tensor) -> Result:
     return Result(accepted.path, accepted.next_token, [])
 
 
-def serve(
-    stage: Stage, link: Link, rank: int, world: int, on_step: Callable[[], None] = lambda: None
-) -> None:
+def serve(stage: Stage, link: Link, rank: int, world: int) -> None:
     """The loop of every rank but the first: receive, compute, pass on, until told to stop."""
     after = (rank + 1) % world
+    until_next: Activity = "idle"
     while True:
-        began = time.perf_counter()
-        kind, numbers, hidden = link.receive(rank - 1)
+        with stage.meter.during(until_next):
+            kind, numbers, hidden = link.receive(rank - 1, stage.meter)
+        # Rank 0 sends a tick as soon as it has nothing more to do.
+        until_next = "wait" if kind is Kind.BATCH else "idle"
         if kind is Kind.BATCH:
-            # Ticks come every few seconds, so an idle pause hardly counts as waiting.
-            stage.wait_s += time.perf_counter() - began
             entries = decode_batch(numbers)
             hidden = stage.run(entries, hidden)
             if stage.last:
@@ -138,7 +144,6 @@ def serve(
                 link.send(after, Kind.BATCH, numbers, hidden)
         else:
             link.send(after, kind)
-        on_step()
         if kind is Kind.STOP:
             # Rank 0 may leave as soon as it has the message, before this side knows that it has.
             with suppress(RuntimeError):

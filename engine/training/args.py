@@ -68,7 +68,11 @@ class TrainArguments(
     @property
     def layout(self) -> Layout:
         """Layout in which the heads are written."""
-        return self.heads_layout or ("v2" if self.original_lm_head else "fasterdecoding")
+        if self.heads_layout is not None:
+            return self.heads_layout
+        if self.medusa_head_kind == "root":
+            return "jupiter"
+        return "v2" if self.original_lm_head else "fasterdecoding"
 
     @property
     def head_weights(self) -> tuple[float, ...]:
@@ -175,6 +179,8 @@ def _check_medusa(args: TrainArguments) -> None:
         )
     if args.medusa_objective == "medusa2" and args.cache_hidden_states is not None:
         raise ConfigError("--cache_hidden_states: with medusa2 the base learns, so they change")
+    if args.medusa_head_kind == "root" and args.layout != "jupiter":
+        raise ConfigError(f"--heads_layout {args.layout}: root heads need heads_layout jupiter")
     if args.layout == "v2" and not args.original_lm_head:
         raise ConfigError("--heads_layout v2: holds heads that share lm_head only")
     if args.layout == "fasterdecoding" and args.original_lm_head:
@@ -183,10 +189,10 @@ def _check_medusa(args: TrainArguments) -> None:
             "set original_lm_head false, or use v2 or vllm"
         )
     own_part = args.truncated_vocab_size is not None and not args.original_lm_head
-    if own_part and args.layout != "vllm":
+    if own_part and args.layout not in ("vllm", "jupiter"):
         raise ConfigError(
             f"--truncated_vocab_size {args.truncated_vocab_size}: output layers over a part of "
-            "the vocabulary need heads_layout vllm"
+            "the vocabulary need heads_layout vllm or jupiter"
         )
 
 
@@ -208,6 +214,8 @@ def _without_effect(args: TrainArguments, name: str) -> str | None:
             return "with medusa1 the base stays as it is; the heads learn at medusa_lr"
         if name == "medusa_warmup_iters":
             return "with medusa1 the heads always learn alone"
+    if name == "medusa_inner_size" and args.medusa_head_kind != "root":
+        return "medusa_head_kind is resblock"
     if name.startswith("adam_") and args.optimizer != "adam":
         return f"the optimizer is {args.optimizer}"
     if name == "sgd_momentum" and args.optimizer != "sgd":

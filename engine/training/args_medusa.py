@@ -15,7 +15,7 @@ from engine.training.args_fields import (
     arg,
 )
 
-Layout = Literal["fasterdecoding", "vllm", "v2"]
+Layout = Literal["fasterdecoding", "vllm", "v2", "jupiter"]
 ProgressMode = Literal["auto", "json", "none"]
 
 
@@ -27,7 +27,14 @@ class Medusa:
         "medusa1", "medusa1: the base stays as it is; medusa2: base and heads learn together"
     )
     medusa_num_heads: PositiveInt = arg(5, "heads; head h predicts the token h + 2 ahead")
-    medusa_num_layers: PositiveInt = arg(1, "ResBlocks of each head")
+    medusa_num_layers: PositiveInt = arg(1, "blocks of each head")
+    medusa_head_kind: Literal["resblock", "root"] = arg(
+        "resblock",
+        "resblock: as in Medusa; root: the first block also sees the token that drafting starts from",
+    )
+    medusa_inner_size: PositiveInt | None = arg(
+        None, "width inside the first block of root heads", shown="twice the model's `hidden_size`"
+    )
     original_lm_head: bool = arg(
         True, "the heads share the base's `lm_head`; false: an output layer for each"
     )
@@ -50,7 +57,7 @@ class Medusa:
     heads_layout: Layout | None = arg(
         None,
         "layout of the written heads",
-        shown="v2 with `original_lm_head`, else fasterdecoding",
+        shown="jupiter for root heads, v2 with `original_lm_head`, else fasterdecoding",
     )
     num_train_epochs: Positive | None = arg(
         None, "length of the run in passes over the data", shown="1, where `train_iters` is none"

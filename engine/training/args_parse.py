@@ -37,7 +37,7 @@ def parse(words: Sequence[str], cls: type[T]) -> tuple[T, frozenset[str]]:
             if values[argument.name] != argument.default:
                 given.add(argument.name)
     for name, (flag, texts) in split_words(rest, known).items():
-        values[name] = _from_words(known[name], flag, texts)
+        values[name] = from_words(known[name], flag, texts)
         given.add(name)
     return cls(**values), frozenset(given)
 
@@ -136,7 +136,12 @@ def _look_up(name: str, known: Mapping[str, Argument], problem: str) -> Argument
     raise ConfigError(f"{problem}{hint}")
 
 
-def _from_words(argument: Argument, flag: str, texts: list[str]) -> Any:
+def from_words(argument: Argument, flag: str, texts: list[str]) -> Any:
+    """The value of an argument that is given as the words `texts` behind `flag`.
+
+    Raises:
+        ConfigError: there are none, or they are wrong; the message begins with `flag`.
+    """
     if not texts:
         raise ConfigError(f"{flag}: needs a value")
     if is_list(argument):

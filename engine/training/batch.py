@@ -25,6 +25,8 @@ class Targets:
     """Per loss, int64 [m]: the token that each of them should predict."""
     dropped: list[int]
     """Per loss, targets left out because the heads' vocabulary lacks them."""
+    roots: Tensor
+    """int64 [n]: the token that follows each of the n rows."""
 
     def counts(self) -> list[int]:
         """Targets per loss."""
@@ -51,7 +53,7 @@ def make_targets(
     Row t of a sample is compared with its token t + distance where that token counts; so a loss
     never looks beyond the end of a sample.
     """
-    positions, at, base = [], 0, 0
+    positions, roots, at, base = [], [], 0, 0
     rows: list[list[np.ndarray]] = [[] for _ in distances]
     tokens: list[list[np.ndarray]] = [[] for _ in distances]
     for sample in samples:
@@ -65,6 +67,7 @@ def make_targets(
             tokens[index].append(ids[looking + distance])
         found = np.flatnonzero(needed)
         positions.append(found + at)
+        roots.append(ids[found + 1])
         at, base = at + len(ids), base + len(found)
 
     def tensor(parts: list[np.ndarray]) -> Tensor:
@@ -75,6 +78,7 @@ def make_targets(
         list(map(tensor, rows)),
         list(map(tensor, tokens)),
         [0] * len(distances),
+        tensor(roots),
     )
 
 

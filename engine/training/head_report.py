@@ -175,7 +175,7 @@ def _ranks(
     hidden = model(tokens, rows)[len(prompt) - 1 : len(tokens) - 2]
     if not len(hidden):
         return []
-    drafts = model.draft(hidden, CANDIDATES)
+    drafts = model.draft(hidden, tokens[len(prompt) :][: len(hidden)], CANDIDATES)
     ranks = torch.full(drafts.shape[:2], MISS, device=device)
     for head in range(drafts.shape[1]):
         truth = tokens[len(prompt) + 1 + head :][: len(hidden)]

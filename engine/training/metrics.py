@@ -12,14 +12,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import psutil
 import torch
 
 from engine.endpoint import Endpoint
 from engine.errors import EngineError
-from engine.protocol import TrainingStep
+from engine.protocol import TrainingStarted, TrainingStep
 from engine.training.args import TrainArguments
 from engine.training.figures import Losses, Step
 from engine.training.plots import write_plot
@@ -59,6 +59,12 @@ class RunLog:
         self._began = 0.0
         self._first: int | None = None
         self._since: list[Step] = []
+
+    def started(self, iteration: int) -> None:
+        """All is read, and `iteration` steps were done before: the run begins."""
+        if self.endpoint is not None:
+            run = str(self.run)
+            self.endpoint.send(TrainingStarted(run=run, iteration=iteration, total=self.total))
 
     def step(self, step: Step) -> None:
         """A step is done: tell it where its turn has come."""
@@ -147,21 +153,26 @@ class RunLog:
             record["tokens_per_s"] = sum(step.tokens for step in steps) / seconds
         return record | {
             "memory_bytes": memory,
+            "memory_kind": memory_kind(),
             "elapsed_s": elapsed,
             "remaining_s": remaining,
             "consumed_samples": last.consumed_samples,
         }
 
     def _event(self, step: Step, elapsed: float, remaining: float, memory: int) -> TrainingStep:
+        first = int(self.has_base)
         return TrainingStep(
             iteration=step.iteration,
             total=self.total,
             loss=step.losses.loss,
-            loss_per_head=step.losses.each[int(self.has_base) :],
+            loss_per_head=step.losses.each[first:],
+            accuracy_per_head=step.losses.accuracy[first:],
+            base_loss=step.losses.each[0] if self.has_base else None,
             lr=step.lr,
             grad_norm=step.grad_norm,
             tokens_per_s=step.tokens_per_s,
             memory_bytes=memory,
+            memory_kind=memory_kind(),
             elapsed_s=elapsed,
             remaining_s=remaining,
         )
@@ -205,6 +216,11 @@ def memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return int(psutil.Process().memory_info().rss)
+
+
+def memory_kind() -> Literal["process", "device"]:
+    """Which of the two `memory_bytes` is."""
+    return "device" if torch.cuda.is_available() else "process"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.model.medusa import MedusaLlamaForCausalLM
 from engine.training.batch import Targets, make_targets
@@ -84,10 +84,9 @@ class Objective:
             total, figures = total + part, [figure]
         shared = model.heads.vocab_size is None
         inputs = []
-        for head, module in enumerate(model.medusa_head):
-            assert isinstance(module, nn.Sequential)
-            rows = hidden[targets.rows[self.first_head + head]]
-            inputs.append(module[: model.heads.num_layers](rows))
+        for head in range(model.heads.num_heads):
+            rows = targets.rows[self.first_head + head]
+            inputs.append(model.head_hidden(head, hidden[rows], targets.roots[rows]))
         if shared:
             weight = self._shared_weight(lm_head)
             part, figure = self._compare(inputs, weight, targets, scales, self.first_head)

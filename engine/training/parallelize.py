@@ -15,7 +15,7 @@ from torch import nn
 from engine.checkpoint.load import EMBEDDING, LM_HEAD, load_weights
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
-from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, ResBlock
+from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, ResBlock, RootBlock
 from engine.training.flat import FlatBuffer
 from engine.training.mesh import Mesh
 from engine.training.optimizer import Role, role_of
@@ -57,6 +57,16 @@ def parallelize(
     """
     # Pipeline: each stage holds its own layers; embedding first, norm, lm_head and heads last.
     layers = stage_layers(config.num_hidden_layers, mesh.pp, split)[mesh.stage]
+    if (
+        heads.kind == "root"
+        and Role.BASE in roles
+        and mesh.pp > 1
+        and not config.tie_word_embeddings
+    ):
+        raise ConfigError(
+            "--medusa_head_kind root: with medusa2 and an embedding that is not tied to lm_head, "
+            "the last stage has no way to see the embedding learn; use one stage or medusa1"
+        )
     base_dtype = torch.float32 if Role.BASE in roles else dtype
     model = build(config, folder, heads, layers, mesh, device, base_dtype)
 
@@ -116,17 +126,25 @@ def build(
 
 @torch.no_grad()
 def begin_heads(modules: nn.Module, heads: HeadShape, lm_head: nn.Linear) -> None:
-    """Make heads that have learnt nothing: ResBlocks without effect, output layers of `lm_head`.
+    """Make heads that have learnt nothing: blocks without effect, output layers of `lm_head`.
 
     So each first repeats what the base predicts for the next token (Cai et al. 2024, 2.2).
     """
     weight = lm_head.weight
     if heads.token_map is not None:
         weight = weight[torch.tensor(heads.token_map, device=weight.device)]
+    # The same numbers on every replica, whatever was drawn before.
+    generator = torch.Generator().manual_seed(torch.initial_seed())
     for module in modules.modules():
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.linear.weight)
             nn.init.zeros_(module.linear.bias)
+        elif isinstance(module, RootBlock):
+            inner, width = module.fc1.weight.shape
+            drawn = torch.randn(inner, width, generator=generator) / width**0.5
+            module.fc1.weight.copy_(drawn)
+            for parameter in (module.fc1.bias, module.fc2.weight, module.fc2.bias):
+                nn.init.zeros_(parameter)
     if heads.vocab_size is not None:
         for head in modules.children():
             output = list(head.children())[-1]

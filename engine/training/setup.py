@@ -222,7 +222,15 @@ def head_shape(
         if vocabulary is not None:
             token_map = tuple(vocabulary.ids.tolist())
             rows = len(token_map)
-    return HeadShape(args.medusa_num_heads, args.medusa_num_layers, rows, token_map)
+    inner = args.medusa_inner_size or 2 * config.hidden_size
+    return HeadShape(
+        args.medusa_num_heads,
+        args.medusa_num_layers,
+        rows,
+        token_map,
+        args.medusa_head_kind,
+        inner if args.medusa_head_kind == "root" else 0,
+    )
 
 
 def _facts(inputs: Inputs) -> Facts:
@@ -235,6 +243,8 @@ def _facts(inputs: Inputs) -> Facts:
         heads={
             "medusa_num_heads": inputs.heads.num_heads,
             "medusa_num_layers": inputs.heads.num_layers,
+            "medusa_head_kind": inputs.heads.kind,
+            "medusa_inner_size": inputs.heads.inner_size,
             "original_lm_head": inputs.heads.vocab_size is None,
             "truncated_vocab_size": inputs.args.truncated_vocab_size,
             "hidden_size": inputs.config.hidden_size,

@@ -60,6 +60,7 @@ class Trainer:
                 total=self.inputs.total,
                 has_base=self.objective.has_base,
             )
+            self.log.started(self.facts.iteration)
             for note in self.inputs.notes:
                 self.log.note(note)
         self.batches = self._batches()

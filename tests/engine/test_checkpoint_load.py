@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint.head_layouts import part_shapes
 from engine.checkpoint.heads import inspect_heads, read_heads, write_heads
 from engine.checkpoint.load import load_weights
 from engine.checkpoint.merge import merge
@@ -172,6 +173,29 @@ def test_a_copy_of_lm_head_with_the_heads_must_be_the_models(tmp_path: Path, rig
     else:
         with pytest.raises(CheckpointError, match="they are of another model"):
             load(model, folder, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "own"), [("llama", False), ("qwen2", True)])
+def test_heads_that_see_the_root_find_the_embedding_on_the_last_stage(
+    tmp_path: Path, kind: str, own: bool
+) -> None:
+    folder = tiny_folder(kind, 3)
+    shape = HeadShape(2, 1, kind="root", inner_size=24)
+    parts = {name: tuple(size) for name, size in part_shapes(32, 24).items() if "fc" in name}
+    heads = {
+        f"medusa_head.{head}.0.{name}": torch.randn(size)
+        for head in range(2)
+        for name, size in parts.items()
+    }
+    write_heads(tmp_path, heads, "jupiter")
+    model = load(stage(folder, shape, layers=range(2, 3), first=False), folder, tmp_path)
+    assert ("root_embedding.weight" in model.state_dict()) is own
+    hidden, roots = torch.randn(4, 32), torch.tensor([3, 1, 4, 1])
+    whole = load(stage(folder, shape), folder, tmp_path)
+    assert torch.equal(model.head_logits(hidden, roots), whole.head_logits(hidden, roots))
+    assert not torch.equal(model.head_logits(hidden, roots), model.head_logits(hidden, roots + 1))
+    with pytest.raises(CheckpointError, match="see the root token; use layout jupiter"):
+        write_heads(tmp_path / "v2", heads, "v2")
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -15,7 +15,8 @@ from engine.config import JupiterConfig, parse_config
 from engine.decoding.tree import choose_tree
 from engine.model.config import ModelConfig
 from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, fuse_projections
-from engine.pipeline.scheduler import Scheduler, accept_rule
+from engine.pipeline.rule import accept_rule
+from engine.pipeline.scheduler import Scheduler
 from engine.pipeline.stage import Stage
 from engine.protocol import (
     Cancel,
@@ -101,9 +102,11 @@ RANDOM_HEADS = HeadShape(5, 1, vocab_size=260)
 # New ResBlocks are the identity: these heads repeat the next token's guesses, and are often right
 # where an answer repeats itself.
 ECHO_HEADS = HeadShape(5, 1)
+ROOT_HEADS = HeadShape(5, 2, vocab_size=260, kind="root", inner_size=24)
+SHAPES = {"none": NO_HEADS, "random": RANDOM_HEADS, "echo": ECHO_HEADS, "root": ROOT_HEADS}
 
 
-@pytest.fixture(params=[NO_HEADS, RANDOM_HEADS, ECHO_HEADS], ids=["none", "random", "echo"])
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     engine = Engine(request.param)
     yield engine
@@ -181,7 +184,7 @@ def test_a_second_turn_prefills_only_what_is_new(plain: Engine) -> None:
     events = plain.ask(Generate(request_id="1", messages=first, params=GREEDY))["1"]
     answer = Message("assistant", text_of(events))
     second = (*first, answer, Message("user", "and now?"))
-    rows_before = plain.stage.rows
+    rows_before = plain.stage.meter.rows
     events = plain.ask(Generate(request_id="2", messages=second, params=GREEDY))["2"]
     started = events[0]
     assert isinstance(started, Started)
@@ -192,7 +195,7 @@ def test_a_second_turn_prefills_only_what_is_new(plain: Engine) -> None:
     # The answer's last token was never fed, so its row is new too.
     assert started.prompt_tokens - started.cached_tokens <= len(closing) + 1
     decoded = events[-1].metrics.decode_steps * plain.scheduler.tree.size
-    assert plain.stage.rows - rows_before == started.prompt_tokens - started.cached_tokens + decoded
+    assert plain.stage.meter.rows - rows_before == started.prompt_tokens - started.cached_tokens + decoded
     fresh = Engine(NO_HEADS)
     alone = fresh.ask(Generate(request_id="2", messages=second, params=GREEDY))["2"]
     fresh.stop()

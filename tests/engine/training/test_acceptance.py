@@ -76,8 +76,9 @@ def untrained_heads(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("kind", ["resblock", "root"])
 def test_trained_heads_are_accepted_far_more_often_and_change_no_answer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = Answers(None)
     rows = [
@@ -98,6 +99,7 @@ def test_trained_heads_are_accepted_far_more_often_and_change_no_answer(
         "--medusa_num_heads", str(HEADS), "--global_batch_size", "5", "--micro_batch_size", "5",
         "--train_iters", "150", "--medusa_lr", "2e-2", "--lr_warmup_iters", "5",
         "--cache_hidden_states", str(tmp_path / "hidden"), "--original_lm_head", "false",
+        "--medusa_head_kind", kind,
     ])
     # fmt: on
     assert code == 0

@@ -51,6 +51,11 @@ LAYOUTS = {
     "vllm with outputs": OWN,
     "vllm with a part of the vocabulary": [*OWN, "--truncated_vocab_size", "20"],
     "two ResBlocks": [*SHARED, "--medusa_num_layers", "2"],
+    "root": [*SHARED, "--medusa_head_kind", "root", "--medusa_num_layers", "2"],
+    "root with a part of the vocabulary": [
+        *OWN, "--medusa_head_kind", "root", "--medusa_inner_size", "24",
+        "--truncated_vocab_size", "20",
+    ],
 }
 
 

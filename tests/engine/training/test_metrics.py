@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import zmq
 
-from engine.protocol import TrainingStep, decode_event
+from engine.protocol import TrainingStarted, TrainingStep, decode_event
 from engine.training.args import parse_arguments
 from engine.training.figures import Losses, Step
 from engine.training.metrics import RunLog
@@ -133,10 +133,13 @@ def test_every_step_is_an_event_on_the_shared_queue(
 ) -> None:
     run = train_here([*words[:-4], "--log_interval", "1"])
     events = []
-    while len(events) < 5:
+    while len(events) < 6:
         assert queue.poll(5000), "events are missing"
         events.append(decode_event(queue.recv()))
     logged = steps(run)
+    begin, *events = events
+    assert begin is not None
+    assert begin.body == TrainingStarted(run=str(run), iteration=0, total=5)
     for event, record in zip(events, logged, strict=True):
         assert event is not None
         assert (event.epoch, event.rank) == (3, 0)
@@ -145,6 +148,8 @@ def test_every_step_is_an_event_on_the_shared_queue(
         assert (body.iteration, body.total) == (record["iteration"], 5)
         assert body.loss == record["loss"]
         assert list(body.loss_per_head) == record["loss_per_head"]
+        assert list(body.accuracy_per_head) == record["accuracy_per_head"]
+        assert body.memory_kind == record["memory_kind"]
         assert body.lr == record["learning_rate"]
         assert body.grad_norm == record["grad_norm"]
         assert body.remaining_s >= 0

@@ -1,0 +1,80 @@
+"""What memory a stage holds, and what there is where it runs."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+
+from engine.pipeline.stage import Stage
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory allocated on a CUDA device by this process; elsewhere the process's resident memory.
+
+    Several stages on one GPU are several processes: each counts its own.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def memory_total_bytes(device: torch.device) -> int:
+    """Memory of the CUDA device, or else what this process may have of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return min([psutil.virtual_memory().total, *cgroup_limits(CGROUPS)])
+
+
+def weights_bytes(stage: Stage) -> int:
+    """Bytes of a stage's parameters and buffers; tensors that share memory count once."""
+    tensors = [*stage.model.parameters(), *stage.model.buffers()]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """The device's name for people, such as "NVIDIA RTX A6000" or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, names), "") or platform.processor() or platform.machine()
+
+
+def cgroup_limits(root: Path, membership: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Memory limits, in bytes, of this process's control group and those around it.
+
+    Both versions of the kernel's interface; no limit (or no Linux) gives none.
+    """
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    files = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, name = (root / "memory", "limit_in_bytes") if controllers else (root, "max")
+        folder = base / group.lstrip("/")
+        folders = [folder, *folder.parents]
+        files += [f / f"memory.{name}" for f in folders[: folders.index(base) + 1]]
+    return [limit for file in files if (limit := _limit(file)) is not None]
+
+
+def _limit(file: Path) -> int | None:
+    try:
+        text = file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isdigit() else None  # "max" is none

@@ -1,0 +1,95 @@
+"""What a stage's time goes into; another thread may read it, the running span included."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+Activity = Literal["busy", "wait", "link", "idle"]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of each activity; together they are the time since the meter began."""
+
+    busy: float
+    wait: float
+    link: float
+    idle: float
+
+
+class StageMeter:
+    """Books every moment of a stage's main thread on exactly one activity.
+
+    The thread is busy unless it says otherwise: `wait` is for a neighbour while there is work,
+    `link` for moving a message, `idle` for waiting with nothing to do. Only that thread may call
+    `during` and `count`; `spent` and the counters may be read from any.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._spent: dict[Activity, float] = {"busy": 0.0, "wait": 0.0, "link": 0.0, "idle": 0.0}
+        self._activity: Activity = "busy"
+        self._since = clock()
+        self.steps = 0
+        """Micro-batches computed."""
+        self.rows = 0
+        """Rows of them."""
+        self.decode_steps = 0
+        self.decode_busy_s = 0.0
+        """Computing seconds of the decode steps alone."""
+        self.decode_judge_s = 0.0
+        """Of them, those behind the layers: `lm_head`, heads, acceptance."""
+        self.prefill_rows = 0
+        self.prefill_busy_s = 0.0
+
+    @contextmanager
+    def during(self, activity: Activity) -> Iterator[None]:
+        """Book the block on `activity`, and what follows on the one before."""
+        before = self._switch(activity)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, activity: Activity) -> Activity:
+        with self._lock:
+            now = self._clock()
+            before = self._activity
+            self._spent[before] += now - self._since
+            self._activity, self._since = activity, now
+            return before
+
+    def spent(self) -> Spent:
+        """Seconds so far, up to this moment."""
+        with self._lock:
+            spent = dict(self._spent)
+            spent[self._activity] += self._clock() - self._since
+        return Spent(**spent)
+
+    def count(self, rows: int, *, decode: bool, seconds: float) -> None:
+        """A micro-batch of `rows` rows was passed through the layers in `seconds`."""
+        self.steps += 1
+        self.rows += rows
+        if decode:
+            self.decode_steps += 1
+        else:
+            self.prefill_rows += rows
+        self._add(decode=decode, seconds=seconds)
+
+    def count_judging(self, *, decode: bool, seconds: float) -> None:
+        """The judging of the micro-batch counted last took `seconds`."""
+        self._add(decode=decode, seconds=seconds)
+        if decode:
+            self.decode_judge_s += seconds
+
+    def _add(self, *, decode: bool, seconds: float) -> None:
+        if decode:
+            self.decode_busy_s += seconds
+        else:
+            self.prefill_busy_s += seconds

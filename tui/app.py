@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from rich.text import Text
 from textual import on
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
-from textual.screen import Screen
+from textual.screen import ModalScreen, Screen
 from textual.widgets import TextArea
 
 from engine.config import JupiterConfig
 from engine.errors import ExitCode
 from engine.paths import state_dir
+from tui import preferences
+from tui.commands import offers
+from tui.keys import checked_keymap
 from tui.messages import EngineChanged, EngineNotice
-from tui.screens.chat import ChatScreen
+from tui.modes import MODES, AsksBeforeLeaving, ShowsEngine
 from tui.session import ClientFactory, EngineSession
-from tui.themes import DARK, LIGHT
+from tui.speeds import SpeedStore
+from tui.themes import THEMES, default_theme, partner
+
+if TYPE_CHECKING:
+    from tui.screens.chat import ChatScreen
 
 
 class JupiterApp(App[int]):
@@ -30,26 +40,84 @@ class JupiterApp(App[int]):
     """
 
     TITLE = "Jupiter"
+    DEFAULT_MODE = "chat"
     CSS_PATH = Path(__file__).with_name("app.tcss")
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("f1", "help", "Help"),
-        Binding("ctrl+t", "toggle_theme", "Light or dark", show=False),
-        Binding("ctrl+q", "quit", "Quit", priority=True),
-        Binding("ctrl+c", "copy_or_quit", "Copy, or quit", show=False, priority=True),
+        Binding("f1", "help", "Help", id="app.help"),
+        *(
+            Binding(
+                mode.key,
+                f"open_mode('{mode.name}')",
+                mode.title,
+                tooltip=mode.about,
+                show=False,  # the title bar shows them
+                id=mode.binding_id,
+            )
+            for mode in MODES
+        ),
+        Binding("ctrl+t", "toggle_theme", "Light or dark", show=False, id="app.light_or_dark"),
+        Binding(
+            "f12", "change_theme", "Theme", show=False, tooltip="Choose the colours", id="app.theme"
+        ),
+        # Also in the prompt, where undo is Ctrl+_ then, as in a shell.
+        Binding(
+            "ctrl+z",
+            "suspend_process",
+            "Suspend",
+            show=False,
+            priority=True,
+            id="app.suspend",
+            tooltip="Back to the shell; `fg` goes on",
+        ),
+        Binding(
+            "ctrl+q",
+            "quit",
+            "Quit",
+            priority=True,
+            id="app.quit",
+            tooltip="Stop the engine and quit",
+        ),
+        Binding(
+            "ctrl+c", "copy_or_quit", "Copy, or quit", show=False, priority=True, id="app.copy"
+        ),
     ]
 
-    def __init__(self, config: JupiterConfig, make_client: ClientFactory | None = None) -> None:
+    def __init__(
+        self,
+        config: JupiterConfig,
+        make_client: ClientFactory | None = None,
+        *,
+        config_given: str | None = None,
+    ) -> None:
+        """`config_given` is the path of `--config`, if there was one."""
         super().__init__()
+        self.config_given = config_given
+        self.set_keymap(checked_keymap(config.keymap))
         self.session = EngineSession(config, self.post_message, make_client)
-        self.register_theme(DARK)
-        self.register_theme(LIGHT)
-        self.theme = DARK.name
-        self._chat = ChatScreen(self.session)
+        self.telemetry = _telemetry_store(self.session)
+        self.speeds = SpeedStore()
+        self.session.add_listener(self.speeds.on_update)
+        for theme in THEMES:
+            self.register_theme(theme)
+        self.theme = default_theme(os.environ)
+        for mode in MODES:
+            self.add_mode(mode.name, partial(mode.open, self))
         self._leaving = False
 
-    def get_default_screen(self) -> Screen[None]:
-        """The chat."""
-        return self._chat
+    def on_mount(self) -> None:
+        """Take up the choices of the last run."""
+        try:
+            theme = preferences.load().theme
+        except (OSError, ValueError) as error:
+            self.notify(
+                f"{preferences.preferences_file()}: {error}",
+                title="Your choices cannot be read",
+                severity="warning",
+                markup=False,
+            )
+            return
+        if theme in self.available_themes:
+            self.theme = theme
 
     def on_ready(self) -> None:
         """The first frame is out: now the engine."""
@@ -66,11 +134,28 @@ class JupiterApp(App[int]):
 
     @on(EngineChanged)
     def _engine_changed(self, message: EngineChanged) -> None:
-        self._chat.snapshot = message.snapshot
+        for screen in self.main_screens():
+            screen.snapshot = message.snapshot
 
     @on(EngineNotice)
     def _engine_notice(self, message: EngineNotice) -> None:
         self.notify(message.text, markup=False)
+
+    # --- the modes -------------------------------------------------------------------------
+
+    @property
+    def chat(self) -> ChatScreen:
+        """The chat, which is always there."""
+        return cast("ChatScreen", self._screen_stacks["chat"][0])
+
+    def main_screens(self) -> list[ShowsEngine]:
+        """The main screens that were opened so far."""
+        opened = [stack[0] for stack in self._screen_stacks.values() if stack]
+        return cast(list[ShowsEngine], opened)
+
+    def action_open_mode(self, name: str) -> None:
+        """Show a main screen; it is made when it is opened for the first time."""
+        self.switch_mode(name)
 
     # --- leaving ---------------------------------------------------------------------------
 
@@ -87,10 +172,16 @@ class JupiterApp(App[int]):
         self.run_worker(self.leave(code), group="leave")
 
     async def action_quit(self) -> None:
-        """Quit and stop the engine."""
-        self.end_run(ExitCode.OK)
+        """Quit and stop the engine, unless a screen has something that holds the user."""
+        self.run_worker(self._quit(), group="leave")
 
-    def action_copy_or_quit(self) -> None:
+    async def _quit(self) -> None:
+        for screen in self.main_screens():
+            if isinstance(screen, AsksBeforeLeaving) and not await screen.may_leave():
+                return
+        await self.leave(ExitCode.OK)
+
+    async def action_copy_or_quit(self) -> None:
         """Ctrl+C: copy what is selected, else quit."""
         focused = self.screen.focused
         in_prompt = focused.selected_text if isinstance(focused, TextArea) else ""
@@ -99,7 +190,7 @@ class JupiterApp(App[int]):
             self.copy_to_clipboard(selected)
             self.notify("Copied")
         else:
-            self.end_run(ExitCode.OK)
+            await self.action_quit()
 
     def _fatal_error(self) -> None:
         """A mistake in the program: one line for the user, the traceback in a file."""
@@ -117,27 +208,46 @@ class JupiterApp(App[int]):
     # --- commands --------------------------------------------------------------------------
 
     def action_help(self) -> None:
-        """Show the keys and what the figures mean."""
+        """Show the keys and what the figures mean, for the screen that is shown."""
         from tui.screens.help import HelpScreen
 
-        if not isinstance(self.screen, HelpScreen):
-            self.push_screen(HelpScreen())
+        if not isinstance(self.screen, ModalScreen):
+            title = next(mode.title for mode in MODES if mode.name == self.current_mode)
+            self.push_screen(HelpScreen(self.screen, title))
 
     def action_toggle_theme(self) -> None:
         """Change between the light and the dark theme."""
-        self.theme = LIGHT.name if self.current_theme.dark else DARK.name
+        self.choose_theme(partner(self.current_theme))
+
+    def action_change_theme(self) -> None:
+        """Choose one of all themes in the palette."""
+        self.search_commands(
+            [(name, partial(self.choose_theme, name)) for name in sorted(self.available_themes)],
+            placeholder="Which colours?",
+        )
+
+    def choose_theme(self, name: str) -> None:
+        """Show a theme, and keep the choice for later runs."""
+        self.theme = name
+        try:
+            preferences.save(preferences.Preferences(theme=name))
+        except OSError as error:
+            self.notify(
+                f"The theme holds for this run only: {error}", severity="warning", markup=False
+            )
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """What the command palette offers: only what the state allows."""
-        chat = self._chat
-        offers: tuple[tuple[str, str, str, Callable[[], object]], ...] = (
-            ("stop_answer", "Stop", "Stop the running answer", chat.action_stop_answer),
-            ("new_conversation", "New conversation", "Start afresh", chat.action_new_conversation),
-            ("restart_engine", "Restart engine", "Start it again", chat.action_restart_engine),
-        )
-        for action, title, text, run in offers:
-            if chat.check_action(action, ()):
-                yield SystemCommand(title, text, run)
-        yield SystemCommand("Light or dark", "Change the theme", self.action_toggle_theme)
-        yield SystemCommand("Help", "The keys, and what the figures mean", self.action_help)
-        yield SystemCommand("Quit", "Stop the engine and quit", self.action_quit)
+        """What the command palette offers."""
+        yield from offers(self, screen)
+
+
+def _telemetry_store(session: EngineSession) -> Any:  # TODO plain import once H1/H4's modules exist
+    from importlib.util import find_spec
+
+    if find_spec("tui.telemetry") is None or not hasattr(session, "add_listener"):
+        return None
+    from tui.telemetry import TelemetryStore
+
+    store = TelemetryStore(time.monotonic)
+    session.add_listener(store.on_update)
+    return store

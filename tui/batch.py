@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -24,6 +23,8 @@ from tui.batch_input import BatchInputError, BatchRequest, parse_requests
 from tui.batch_lines import Plan, answer_line, failure_line, plan_resume
 from tui.batch_output import BatchOutput, ReaderGoneError
 from tui.progress import Reporter, Tally, make_reporter
+from tui.signals import ended_by_signals
+from tui.telemetry_json import TelemetryLines
 
 QUEUE_AHEAD = 4
 """Requests that wait in the engine, so that a place that falls free is taken at once."""
@@ -40,7 +41,8 @@ def main(args: argparse.Namespace, config: JupiterConfig) -> int:
 
     Args:
         args: `batch` (input path or "-"), `output` (path, None or "-"), `resume`, `progress`,
-            `max_failures` (or None), `max_num_seqs` (or None for the config's).
+            `max_failures` (or None), `max_num_seqs` (or None for the config's), and those of
+            `tui.telemetry_json`: with `telemetry_json` its lines go to standard output meanwhile.
         config: the run.
     """
     if args.max_num_seqs is not None:
@@ -53,7 +55,8 @@ def main(args: argparse.Namespace, config: JupiterConfig) -> int:
             plan = plan_resume(output.name, output.old_lines, requests)
             for line in plan.strangers:
                 reporter.warn(f"{output.name}: {line.custom_id!r} is not in the input; kept")
-            batch = Batch(config, plan, output, reporter, args.max_failures)
+            telemetry = TelemetryLines.wanted(args, reporter)
+            batch = Batch(config, plan, output, reporter, args.max_failures, telemetry)
             batch.tally.skipped = len(requests) - len(plan.todo)
             return batch.run()
     except KeyboardInterrupt:
@@ -98,6 +101,7 @@ class Batch:
         output: BatchOutput,
         reporter: Reporter,
         max_failures: int | None = None,
+        telemetry: TelemetryLines | None = None,
     ) -> None:
         self.tally = Tally(todo=len(plan.todo))
         self._config = config
@@ -105,6 +109,7 @@ class Batch:
         self._output = output
         self._reporter = reporter
         self._max_failures = max_failures
+        self._telemetry = telemetry
         self._began = False
         self._death = ""
 
@@ -146,15 +151,20 @@ class Batch:
     def _on_update(self, update: Update) -> None:
         if isinstance(update, StateChanged) and update.state is ClientState.DEAD:
             self._death = update.reason
+        if self._telemetry is not None:
+            self._telemetry.on_update(update)
         self._reporter.engine(update)
 
     async def _serve(self) -> int | None:
         """Work until all is done; the signal that ended it before, if one did."""
         client = EngineClient(self._config, listener=self._on_update)
         work = asyncio.create_task(self._answer_all(client))
-        with _ended_by_signals(work, client, self._reporter) as caught:
+        with ended_by_signals(work, client, self._reporter) as caught:
             try:
-                await work
+                if self._telemetry is None:
+                    await work
+                else:
+                    await self._telemetry.beside(work)
             except (asyncio.CancelledError, EngineError):
                 if not caught:
                     raise
@@ -229,36 +239,3 @@ class Batch:
         await self._output.write(failure_line(request, code, failure))
         self.tally.failed += 1
         return failure
-
-
-@contextlib.contextmanager
-def _ended_by_signals(
-    work: asyncio.Task[None], client: EngineClient, reporter: Reporter
-) -> Iterator[list[int]]:
-    """Cancel `work` on the first signal, end the process at once on the second.
-
-    Yields the list that the first signal is put into. SIGHUP counts unless `nohup` has set it to
-    be ignored.
-    """
-    caught: list[int] = []
-
-    def end(number: int) -> None:
-        if caught:
-            reporter.close()
-            client.kill_now()
-            os._exit(128 + number)
-        caught.append(number)
-        reporter.note("stopping (again to stop at once)")
-        work.cancel()
-
-    loop = asyncio.get_running_loop()
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-        signals.append(signal.SIGHUP)
-    for number in signals:
-        loop.add_signal_handler(number, end, int(number))
-    try:
-        yield caught
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)

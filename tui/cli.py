@@ -11,6 +11,7 @@ from engine.config import JupiterConfig, load_config
 from engine.errors import ExitCode, JupiterError
 
 BATCH_ONLY = ("output", "resume", "progress", "max_failures", "max_num_seqs")
+TELEMETRY_ONLY = ("telemetry_interval", "telemetry_lines")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from tui import batch
 
             return batch.main(args, config)
-        return interactive(config)
+        if args.telemetry_json:
+            from tui import telemetry_json
+
+            return telemetry_json.main(args, config)
+        return interactive(config, args.config)
     except JupiterError as error:
         print(f"jupiter-tui: {error}", file=sys.stderr)
         return error.exit_code
@@ -72,11 +77,29 @@ def build_parser() -> argparse.ArgumentParser:
     batch.add_argument(
         "--max-num-seqs", metavar="N", type=positive, help="decode N at a time; default: 16"
     )
+    telemetry = parser.add_argument_group("telemetry")
+    telemetry.add_argument(
+        "--telemetry-json",
+        action="store_true",
+        help="without a screen: a JSON line of measured figures every second; alone, or with "
+        "--batch INPUT -o FILE",
+    )
+    telemetry.add_argument(
+        "--telemetry-interval", metavar="SECONDS", type=seconds, help="default: 1"
+    )
+    telemetry.add_argument(
+        "--telemetry-lines", metavar="N", type=positive, help="end after N lines"
+    )
     return parser
 
 
 def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with exit code 2 and one line where flags or the terminal do not fit together."""
+    for name in TELEMETRY_ONLY:
+        if getattr(args, name) is not None and not args.telemetry_json:
+            parser.error(f"--{name.replace('_', '-')} needs --telemetry-json")
+    if args.telemetry_json and args.batch is not None and args.output in (None, "-"):
+        parser.error("--telemetry-json writes to standard output: give the batch an -o FILE")
     if args.batch is not None:
         args.output = args.output or "-"
         args.progress = args.progress or "auto"
@@ -100,7 +123,18 @@ def positive(text: str) -> int:
     return number
 
 
-def interactive(config: JupiterConfig) -> int:
+def seconds(text: str) -> float:
+    """A span of at least a tenth of a second, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 86_400:
+        raise argparse.ArgumentTypeError(f"must be seconds from 0.1 to 86400, not '{text}'")
+    return value
+
+
+def interactive(config: JupiterConfig, config_given: str | None = None) -> int:
     """Open the workbench on this terminal; returns the exit code."""
     if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         print(
@@ -110,7 +144,7 @@ def interactive(config: JupiterConfig) -> int:
         return ExitCode.BAD_INPUT
     from tui.terminal import run
 
-    return run(config)
+    return run(config, config_given)
 
 
 class OneLineParser(argparse.ArgumentParser):

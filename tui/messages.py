@@ -6,9 +6,12 @@ the app for the engine's snapshot, the chat screen for the conversation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from textual.message import Message
 
-from engine.protocol import Failed, Finished, Started
+from engine.protocol import Failed, Finished, Started, StepTrace
+from tui.conversation import Node
 from tui.snapshot import Snapshot
 
 
@@ -33,10 +36,11 @@ class EngineNotice(Message):
 
 
 class PromptSubmitted(Message):
-    """The user sent a prompt. From the prompt, to the chat screen."""
+    """The user sent a prompt, maybe in the place of an earlier one. To the chat screen."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, instead_of: Node | None = None) -> None:
         self.text = text
+        self.instead_of = instead_of
         super().__init__()
 
 
@@ -57,12 +61,23 @@ class AnswerStarted(AnswerMessage):
 
 
 class AnswerGrew(AnswerMessage):
-    """`text` was added; `tokens` is a number of tokens, `at` when the last arrived (seconds)."""
+    """`text` and the tokens `token_ids` were added; the last arrived at `at` (seconds).
 
-    def __init__(self, request_id: str, text: str, tokens: int, at: float) -> None:
+    `steps` tell how the tokens came, if the request asked for that.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        text: str,
+        token_ids: list[int],
+        at: float,
+        steps: Sequence[StepTrace] = (),
+    ) -> None:
         self.text = text
-        self.tokens = tokens
+        self.token_ids = token_ids
         self.at = at
+        self.steps = steps
         super().__init__(request_id)
 
 

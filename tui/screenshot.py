@@ -28,8 +28,8 @@ async def take(folder: Path) -> None:
         for character in QUESTION:
             await pilot.press("space" if character == " " else character)
         await pilot.press("enter")
-        exchanges = chat.conversation.exchanges
-        await _until(pilot, lambda: bool(exchanges) and exchanges[-1].ending is Ending.STOP)
+        talk = chat.conversation
+        await _until(pilot, lambda: any(node.ending is Ending.STOP for node in talk.nodes))
         await pilot.pause()
         (folder / "chat.svg").write_text(app.export_screenshot(title="jupiter-tui"))
         await app.leave(0)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from engine.client import Update
 
-Phase = Literal["starting", "ready", "stopping", "failed"]
+Phase = Literal["starting", "ready", "applying", "stopping", "failed"]
+"""While one config is being replaced by another the phase is "applying"."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Snapshot:
     dtype: str
     phase: Phase = "starting"
     launch: int = 0
-    """Counts the launches of this session, from 1; 0 before the first."""
+    """Counts the launches of this session, from 1; 0 before the first. A change is none."""
     detail: str = ""
-    """What the start is busy with, or why the engine failed."""
+    """What the start or the change is busy with, or why the engine failed."""
     stages: Mapping[int, StageState] = field(default_factory=dict)
     ready: EngineReady | None = None
     began_at: float | None = None
@@ -56,6 +57,24 @@ class Snapshot:
             ready_after_s=None,
         )
 
+    def applying(self, detail: str) -> Snapshot:
+        """The engine is being changed; `detail` says how far that is."""
+        return replace(self, phase="applying", detail=detail)
+
+    def restarting(self, config: JupiterConfig, now: float) -> Snapshot:
+        """A change comes to the point where an engine of `config` starts."""
+        return replace(
+            self.before_launch(config),
+            phase="applying",
+            detail=f"starting {list(config.stage_num_hidden_layers_list)}",
+            launch=self.launch,
+            began_at=now,
+        )
+
+    def settled(self, phase: Phase, detail: str = "") -> Snapshot:
+        """A change has come to its end."""
+        return replace(self, phase=phase, detail=detail)
+
     def failed(self, reason: str) -> Snapshot:
         """The engine is not there; `reason` may have several lines."""
         return replace(self, phase="failed", detail=reason)
@@ -76,10 +95,11 @@ def fold(snapshot: Snapshot, update: Update, now: float) -> Snapshot:
 
     if snapshot.phase == "stopping":
         return snapshot
+    applying = snapshot.phase == "applying"
     match update:
         case Fetching(message=message):
             return replace(snapshot, detail=message)
-        case StateChanged(state=ClientState.DEAD, reason=reason):
+        case StateChanged(state=ClientState.DEAD, reason=reason) if not applying:
             return snapshot.failed(reason)
         case EventEnvelope(rank=rank, body=StageState() as state):
             return replace(snapshot, stages={**snapshot.stages, rank: state})
@@ -90,10 +110,12 @@ def fold(snapshot: Snapshot, update: Update, now: float) -> Snapshot:
 
 
 def _ready(snapshot: Snapshot, ready: EngineReady, now: float) -> Snapshot:
+    applying = snapshot.phase == "applying"
     return replace(
         snapshot,
-        phase="ready",
-        detail="",
+        # A change is not done before the new engine has shown that it works.
+        phase="applying" if applying else "ready",
+        detail=snapshot.detail if applying else "",
         model=ready.model,
         split=tuple(ready.stages),
         dtype=ready.dtype,

@@ -29,15 +29,16 @@ RESTORE = (
 LAST_WORDS = b"\r\njupiter-tui was killed; its engine is stopping.\r\n"
 
 
-def run(config: JupiterConfig) -> int:
+def run(config: JupiterConfig, config_given: str | None = None) -> int:
     """Open the workbench and run it to its end; no engine process is left afterwards.
 
-    Returns the exit code. Raises the JupiterError of a start that no key could have mended.
+    `config_given` is the path of `--config`, if there was one. Returns the exit code. Raises the
+    JupiterError of a start that no key could have mended.
     """
     with TerminalGuard(sys.stdin.fileno(), sys.stderr.fileno()):
         from tui.app import JupiterApp
 
-        app = JupiterApp(config)
+        app = JupiterApp(config, config_given=config_given)
         loop = asyncio.new_event_loop()
         try:
             code = loop.run_until_complete(_live(app))

@@ -95,7 +95,10 @@ class Terminal:
     @property
     def screen(self) -> str:
         """What the screen shows, without trailing blanks."""
-        return "\n".join(line.rstrip() for line in self._screen.display).rstrip()
+        # Not pyte's `display`, which fails on half a wide character; joined, its stubs are empty.
+        rows, columns = range(self._screen.lines), range(self._screen.columns)
+        lines = ("".join(self._screen.buffer[y][x].data for x in columns) for y in rows)
+        return "\n".join(line.rstrip() for line in lines).rstrip()
 
     @property
     def modes_restored(self) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from textual.pilot import Pilot
-from textual.widgets import Static
 
 from engine.client import Update
 from engine.config import JupiterConfig
@@ -88,9 +87,10 @@ class Chat:
         return "\n".join(strip.text.rstrip() for strip in lines)
 
     def notes(self) -> list[str]:
-        """The quiet lines under the answers that show one."""
-        notes = self.screen.query(".note").results(Static)
-        return [str(note.render()) for note in notes if note.display]
+        """The quiet words under the answers that have some."""
+        from tui.widgets.turn_bar import TurnBar
+
+        return [bar.note[0] for bar in self.screen.query(TurnBar) if bar.note[0]]
 
 
 @asynccontextmanager

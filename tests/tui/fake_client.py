@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 
 from engine.client import ClientState, Fetching, StateChanged, Update
 from engine.config import JupiterConfig
@@ -16,11 +17,14 @@ from engine.protocol import (
     Failed,
     Finished,
     FinishReason,
+    Generate,
     Message,
     Metrics,
+    SamplingParams,
     StageState,
     Started,
     Tokens,
+    Transcript,
 )
 from engine.request import RequestStream
 
@@ -47,8 +51,12 @@ class FakeClient:
         self.config = config
         self.tell = listener
         self.asked: list[tuple[Message, ...]] = []
+        self.requests: list[Generate] = []
+        self.trials: list[RequestStream] = []
+        """The requests by which the session checks that this engine makes tokens."""
         self.cancelled: list[str] = []
         self.stops = 0
+        self._gone: EngineError | None = None
         self._streams: list[RequestStream] = []
         self._started: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
 
@@ -57,9 +65,17 @@ class FakeClient:
     async def start(self) -> EngineReady:
         return await self._started
 
-    def submit(self, *, messages: Sequence[Message]) -> RequestStream:
-        self.asked.append(tuple(messages))
-        self._streams.append(RequestStream(f"{id(self)}-{len(self.asked)}"))
+    def submit(self, *, prompt: str, params: SamplingParams) -> RequestStream:
+        stream = RequestStream("r1")
+        self.trials.append(stream)
+        return stream
+
+    def send(self, request: Generate) -> RequestStream:
+        if self._gone is not None:
+            raise self._gone
+        self.requests.append(request)
+        self.asked.append(tuple(request.messages or ()))
+        self._streams.append(RequestStream(request.request_id))
         return self._streams[-1]
 
     def cancel(self, request_id: str) -> None:
@@ -67,8 +83,14 @@ class FakeClient:
 
     async def stop(self) -> None:
         self.stops += 1
+        self._gone = EngineError("the engine was stopped")
         if not self._started.done():
             self._started.set_exception(EngineError("the engine was stopped"))
+        for stream in (*self._streams, *self.trials):
+            stream.fail(EngineError("the engine was stopped"))
+
+    def log_path(self, rank: int) -> Path | None:
+        return None
 
     def kill_now(self) -> None:
         raise AssertionError("only for a loop that hangs")
@@ -90,10 +112,12 @@ class FakeClient:
         self._started.set_result(ready)
 
     def fail_start(self, error: JupiterError) -> None:
+        self._gone = EngineError(str(error))
         self.tell(StateChanged(ClientState.DEAD, str(error)))
         self._started.set_exception(error)
 
     def die(self, reason: str) -> None:
+        self._gone = EngineError(reason)
         for stream in self._streams:
             stream.fail(EngineError(reason))
         self.tell(StateChanged(ClientState.DEAD, reason))
@@ -103,12 +127,18 @@ class FakeClient:
         """The latest request."""
         return self._streams[-1]
 
-    def started(self, prompt_tokens: int = 34, cached_tokens: int = 0) -> None:
+    def started(
+        self,
+        prompt_tokens: int = 34,
+        cached_tokens: int = 0,
+        transcript: Transcript | None = None,
+    ) -> None:
         self.request.put(
             Started(
                 request_id=self.request.request_id,
                 prompt_tokens=prompt_tokens,
                 cached_tokens=cached_tokens,
+                transcript=transcript,
             )
         )
 
@@ -125,6 +155,7 @@ class FakeClient:
         cached_tokens: int = 0,
         completion_tokens: int = 12,
         metrics: Metrics = MEASURED,
+        transcript: Transcript | None = None,
     ) -> None:
         self.request.put(
             Finished(
@@ -135,6 +166,7 @@ class FakeClient:
                 cached_tokens=cached_tokens,
                 completion_tokens=completion_tokens,
                 metrics=metrics,
+                transcript=transcript,
             )
         )
 

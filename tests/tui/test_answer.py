@@ -49,7 +49,7 @@ class Reader:
         return self.posted
 
     def texts(self) -> list[tuple[str, int]]:
-        return [(m.text, m.tokens) for m in self.posted if isinstance(m, AnswerGrew)]
+        return [(m.text, len(m.token_ids)) for m in self.posted if isinstance(m, AnswerGrew)]
 
 
 async def test_the_first_token_comes_at_once_and_the_next_ones_together() -> None:

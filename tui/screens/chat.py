@@ -1,93 +1,164 @@
-"""The chat: a conversation with the model, one answer at a time."""
+"""The chat: a conversation with the model, the list of all of them, and this one's settings."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical, VerticalScroll
-from textual.reactive import reactive
-from textual.screen import Screen
+from textual.containers import Horizontal, Vertical
+from textual.content import Content
+from textual.widget import Widget
 from textual.widgets import Footer
 
-from engine.errors import EngineError
-from engine.protocol import Finished
-from tui import messages, metrics
-from tui.answer import follow
-from tui.conversation import Conversation, Ending, Exchange
-from tui.metrics import Figures, Meter
+from tui.conversation import Ending, Node
+from tui.copying import copy
+from tui.export import code_blocks
+from tui.screens.conversations import ConversationsScreen
+from tui.screens.dialogs import Pick
 from tui.snapshot import Snapshot
+from tui.text import harmless
+from tui.themes import DIM
 from tui.widgets.bars import StatusLine, TitleBar
+from tui.widgets.conversation_view import ConversationView, Latest
 from tui.widgets.launch import LaunchCard
 from tui.widgets.prompt import Prompt
+from tui.widgets.settings import Settings
+from tui.widgets.sidebar import Sidebar
+from tui.widgets.speculation import SpeculationColumn, SpeculationPanel
+from tui.widgets.token_text import TokenText
 
 if TYPE_CHECKING:
     from textual.widgets import Markdown
 
     from tui.session import EngineSession
-    from tui.widgets.turn import AnswerTurn, ErrorPanel
+    from tui.widgets.turn import ErrorPanel, Turn
 
 ASK = "Ask something · Enter sends · Ctrl+J new line · ? help"
 ASK_EARLY = "Type ahead: Enter sends as soon as the engine is ready"
+PANELS_BESIDE = 110
+"""Below so many columns a panel covers the conversation."""
+TWO_PANELS = 150
+"""Below so many columns one panel closes the other."""
 
 
-@dataclass
-class Running:
-    """The request that is being answered."""
+class ChatScreen(ConversationsScreen):
+    """Lays out the chat, and does what keys, clicks and the two panels ask for."""
 
-    request_id: str
-    turn: AnswerTurn
-    meter: Meter
+    HELP = """
+## Conversations
 
+Each is saved as it grows, and found again under **Conversations**. In the list, Enter opens,
+*r* renames, *d* deletes, */* searches titles and texts.
 
-class ChatScreen(Screen[None]):
-    """Owns the conversation, the queue of prompts and the running answer."""
+## Messages
 
+Shift+Tab goes from the prompt to the messages; the keys of the one in focus are below. The words
+under a message do the same by mouse. An edited prompt and a regenerated answer are new versions:
+‹ 1/2 › and the arrow keys lead from one to the other. With temperature 0 or a fixed seed the same
+prompt gets the same answer.
+
+An answer that was cut off can be continued where it ends, by the model that began it.
+
+## Speculation
+
+**Ctrl+S** colours each token of the answers from now on by how it came: from the model itself
+(root) or from the Medusa head of that number. ◦ is a token without text, ↵ a line end. Shift+Tab,
+or a click on a token, moves the cursor: ← → by tokens, Ctrl+← → by steps, End follows the answer,
+PgUp and PgDn scroll the tree.
+
+The panel tells for each head how many of its proposals were accepted, over the last steps and over
+the conversation, and shows the draft tree of the step: ✓ accepted, ✗ rejected.
+
+## Figures below the prompt
+
+| | |
+|---|---|
+| first token | time from sending to the first token |
+| tok/s | tokens per second after the first |
+| tok/step | tokens of one decode step; Medusa heads raise it above 1 |
+| 15\\|15 | decoder layers on each stage |
+| new, cached | prompt tokens computed now, and kept from earlier turns |
+| n/a | not measured yet |
+"""
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "stop_answer", "Stop"),
-        Binding("ctrl+r", "restart_engine", "Restart engine"),
-        Binding("ctrl+n", "new_conversation", "New"),
+        Binding("escape", "back", "Back", id="chat.back"),
+        Binding("escape", "stop_answer", "Stop", id="chat.stop"),
+        Binding("ctrl+r", "restart_engine", "Restart engine", id="chat.restart"),
+        Binding("ctrl+n", "new_conversation", "New", id="chat.new", tooltip="New conversation"),
+        Binding("ctrl+b", "toggle_sidebar", "Chats", id="chat.conversations"),
+        Binding("ctrl+o", "toggle_settings", "Settings", id="chat.settings"),
+        Binding("ctrl+g", "latest('regenerate')", "Again", id="chat.again", tooltip="Answer anew"),
+        Binding("ctrl+l", "latest('continue')", "Continue", id="chat.continue"),
+        Binding(
+            "ctrl+s",
+            "toggle_speculation",
+            "Speculation",
+            id="chat.speculation",
+            tooltip="How each token came, and what the heads are worth",
+        ),
+        Binding("f8", "latest('copy')", "Copy the answer", id="chat.copy", show=False),
+        Binding("f9", "export", "Export", id="chat.export", show=False, tooltip="Markdown, JSON"),
     ]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (PANELS_BESIDE, "-beside")]  # noqa: RUF012
+    DEFAULT_CSS = """
+    ChatScreen {
+        #body { height: 1fr; layers: base panels; }
+        #column { width: 1fr; height: 1fr; }
+        Sidebar.-open, Settings.-open { display: block; }
+        &.-narrow Sidebar { layer: panels; dock: left; }
+        &.-narrow Settings { layer: panels; dock: right; }
+    }
+    """
     AUTO_FOCUS = "#prompt"
 
-    snapshot: reactive[Snapshot | None] = reactive(None, init=False)
-    running: reactive[Running | None] = reactive(None, init=False, bindings=True)
-
     def __init__(self, session: EngineSession) -> None:
-        super().__init__()
-        self._session = session
-        self.conversation = Conversation()
-        self._queue: deque[AnswerTurn] = deque()
-        self._launch = LaunchCard(session.snapshot)
+        super().__init__(session)
         self._failure: ErrorPanel | None = None
 
     def compose(self) -> ComposeResult:
-        """Title, conversation, prompt, figures, keys."""
+        """Title; panels around conversation and prompt; figures and keys."""
         yield TitleBar()
-        with VerticalScroll(id="scroll", can_focus=False), Vertical(id="conversation"):
-            yield self._launch
-        with Vertical(id="prompt-row"):
-            yield Prompt(id="prompt")
+        with Horizontal(id="body"):
+            yield Sidebar()
+            with SpeculationColumn(id="column"):
+                yield ConversationView(self._launch, self._facts)
+                yield SpeculationPanel()
+                yield Latest()
+                with Vertical(id="prompt-row"):
+                    yield Prompt(id="prompt")
+            yield Settings(self._session.config)
         yield StatusLine()
         yield Footer()
 
     def on_mount(self) -> None:
         """Show what the configuration tells, before there is an engine."""
-        self._scroll.anchor()
         self.snapshot = self._session.snapshot
+        self.speculation.open(self.conversation.id)
 
-    @property
-    def _scroll(self) -> VerticalScroll:
-        return self.query_one("#scroll", VerticalScroll)
+    async def on_unmount(self) -> None:
+        """Nothing that was said is lost, the beginning of a running answer included."""
+        if self.running is not None:
+            self.conversation.end(self.running.node, Ending.INTERRUPTED)
+            self.autosave.save(self.conversation)
+        await self.autosave.flush()
 
-    @property
-    def _log(self) -> Vertical:
-        return self.query_one("#conversation", Vertical)
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer only what the state allows."""
+        match action:
+            case "stop_answer":
+                return self.running is not None
+            case "restart_engine":
+                return self.snapshot is not None and self.snapshot.phase == "failed"
+            case "back":
+                return self.is_mounted and self._what_to_leave() is not None
+            case "latest":
+                node = self._latest_answer()
+                return node is not None and parameters[0] in self._facts(node).actions
+            case "export":
+                return bool(self.conversation.nodes)
+        return True
 
     # --- the engine ------------------------------------------------------------------------
 
@@ -95,12 +166,13 @@ class ChatScreen(Screen[None]):
         """Show the engine's state; an engine that got ready gets the first queued prompt."""
         self.query_one(TitleBar).snapshot = new
         self.query_one(StatusLine).split = new.split
-        self.query_one(Prompt).placeholder = ASK if new.phase == "ready" else ASK_EARLY
+        self.speculation.heads = new.ready.medusa_num_heads if new.ready else None
+        self.prompt.placeholder = ASK if new.phase == "ready" else ASK_EARLY
         if old is not None and old.launch not in (0, new.launch):
             self._launch, self._failure = LaunchCard(new), None
-            await self._log.mount(self._launch)
+            await self.view.column.mount(self._launch)
         self._launch.show(new)
-        if new.phase == "failed" and self._log.is_attached:  # not so when the run is ending
+        if new.phase == "failed" and self.view.column.is_attached:  # not so when the run is ending
             await self._show_failure(new)
         self.refresh_bindings()
         self._send_next()
@@ -113,145 +185,158 @@ class ChatScreen(Screen[None]):
             return
         title = "The engine stopped" if snapshot.ready else "The engine did not start"
         self._failure = ErrorPanel(title, snapshot.detail, "Ctrl+R starts it again")
-        await self._log.mount(self._failure)
+        await self.view.column.mount(self._failure)
 
     def action_restart_engine(self) -> None:
         """Start the engine anew; queued prompts are sent when it is ready."""
         self.run_worker(self._session.start(), group="engine")
 
-    # --- asking ----------------------------------------------------------------------------
+    # --- messages --------------------------------------------------------------------------
 
-    @on(messages.PromptSubmitted)
-    async def _add_prompt(self, message: messages.PromptSubmitted) -> None:
-        # Markdown is a slow import that the first paint does without.
-        from tui.widgets.turn import AnswerTurn, UserTurn
+    def on_turn_picked(self, message: Turn.Picked) -> None:
+        """Do something with a message."""
+        self._act(message.node, message.action)
 
-        exchange = Exchange(message.text)
-        self.conversation.exchanges.append(exchange)
-        busy = self.running is not None
-        turn = AnswerTurn(exchange, f"waits for the {'answer above' if busy else 'engine'}")
-        self._queue.append(turn)
-        self._scroll.scroll_end(animate=False)
-        await self._log.mount(UserTurn(message.text), turn)
-        self._send_next()
+    def action_latest(self, action: str) -> None:
+        """Do something with the last answer of the branch."""
+        if node := self._latest_answer():
+            self._act(node, action)
 
-    def _send_next(self) -> None:
-        """Send the first queued prompt if the engine is ready and nothing runs."""
-        ready = self.snapshot is not None and self.snapshot.phase == "ready"
-        if self.running is not None or not ready or not self._queue:
+    def _latest_answer(self) -> Node | None:
+        path = self.conversation.path()
+        return path[-1] if path else None
+
+    def _act(self, node: Node, action: str) -> None:
+        if action not in self._facts(node).actions:
             return
-        turn = self._queue.popleft()
-        try:
-            stream = self._session.ask(self.conversation.messages_for(turn.exchange))
-        except EngineError:
-            self._queue.appendleft(turn)  # it has just died: its last snapshot is under way
-            return
-        turn.show_note("sent")
-        self.running = Running(stream.request_id, turn, Meter(time.monotonic()))
-        self.run_worker(follow(stream.request_id, stream, self.post_message), group="answers")
-
-    def action_stop_answer(self) -> None:
-        """Stop the running answer within one step; its text stays."""
-        if self.running is not None:
-            self._session.cancel(self.running.request_id)
-
-    def action_new_conversation(self) -> None:
-        """Leave this conversation, a running answer and queued prompts included."""
-        self.action_stop_answer()
-        self.running = None
-        self._queue.clear()
-        self.conversation = Conversation()
-        self._show_figures(Figures())
-        self._log.query("UserTurn, AnswerTurn, .refusal").remove()
-        self.query_one(Prompt).focus()
-
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Offer only what the state allows."""
         match action:
-            case "stop_answer":
-                return self.running is not None
-            case "restart_engine":
-                return self.snapshot is not None and self.snapshot.phase == "failed"
-        return True
+            case "copy":
+                copy(self.app, node.text, "Answer" if node.is_answer else "Prompt")
+            case "code":
+                self._copy_code(node)
+            case "edit":
+                self.prompt.change(node)
+                self.refresh_bindings()
+            case "regenerate":
+                prompt = self.conversation.parent(node)
+                assert prompt is not None
+                self.run_worker(self._answer(self.conversation.answer_again(prompt)))
+            case "continue":
+                self.run_worker(self._answer(node))
+            case "older" | "newer":
+                self.run_worker(self._switch(node, -1 if action == "older" else 1))
 
-    # --- answers ---------------------------------------------------------------------------
+    async def _switch(self, node: Node, step: int) -> None:
+        other = self.conversation.switch(node, step)
+        self.autosave.save(self.conversation)
+        focused = isinstance(self.focused, Widget) and getattr(self.focused, "node", None) is node
+        await self._show_branch()
+        if focused:
+            turn = next(turn for turn in self.view.turns if turn.node is other)
+            turn.focus()
 
-    def watch_running(self, running: Running | None) -> None:
-        """Tell on the title bar whether an answer runs."""
-        self.query_one(TitleBar).answering = running is not None
+    def _copy_code(self, node: Node) -> None:
+        blocks = code_blocks(node.text)
+        if len(blocks) == 1:
+            copy(self.app, blocks[0].text, "Code block")
+        elif blocks:
+            self.run_worker(self._pick_code([block.text for block in blocks]))
 
-    def _of(self, message: messages.AnswerMessage) -> Running | None:
-        """The running answer, if `message` is about it and not about one that was left."""
-        running = self.running
-        return running if running and running.request_id == message.request_id else None
+    async def _pick_code(self, blocks: list[str]) -> None:
+        choices = []
+        for block in blocks:
+            lines = block.splitlines() or [""]
+            first = harmless(next((line for line in lines if line.strip()), ""))
+            choices.append(Content.assemble(first[:44], (f"  {len(lines)} lines", DIM)))
+        at = await self.app.push_screen_wait(Pick("Copy which code block?", choices))
+        if at is not None:
+            copy(self.app, blocks[at], "Code block")
 
-    @on(messages.AnswerStarted)
-    def _answer_started(self, message: messages.AnswerStarted) -> None:
-        if running := self._of(message):
-            running.meter.started(message.started)
-            new = metrics.count(running.meter.figures.prefilled_tokens)
-            running.turn.show_note(f"reading {new} tokens")
-            self._show_figures(running.meter.figures)
+    def on_turn_stepped(self, message: Turn.Stepped) -> None:
+        """Move the focus along the messages, and after the last to the prompt."""
+        if not self.view.focus_step(message.turn, message.step) and message.step > 0:
+            self.prompt.focus()
 
-    @on(messages.AnswerGrew)
-    async def _answer_grew(self, message: messages.AnswerGrew) -> None:
-        if running := self._of(message):
-            running.meter.tokens(message.tokens, message.at)
-            running.turn.exchange.answer += message.text
-            await running.turn.write(message.text)
-            self._show_figures(running.meter.figures)
+    # --- panels ----------------------------------------------------------------------------
 
-    @on(messages.AnswerFinished)
-    async def _answer_finished(self, message: messages.AnswerFinished) -> None:
-        if running := self._of(message):
-            running.meter.finished(message.finished)
-            self._show_figures(running.meter.figures)
-            await self._end(running, ending_of(message.finished))
+    def action_toggle_sidebar(self) -> None:
+        """Show the list of conversations, or close it."""
+        if self._toggle(self.sidebar, self.settings):
+            self._enter_list()
 
-    @on(messages.AnswerFailed)
-    async def _answer_failed(self, message: messages.AnswerFailed) -> None:
-        from tui.widgets.turn import ErrorPanel
+    def action_toggle_settings(self) -> None:
+        """Show the settings of the conversation, or close them."""
+        if self._toggle(self.settings, self.sidebar):
+            self.settings.show(self.conversation)
+            self.settings.focus_first()
 
-        if running := self._of(message):
-            failed = message.failed
-            too_long = failed.code == "prompt_too_long"
-            title = "This prompt does not fit" if too_long else "This prompt was not answered"
-            hint = "A shorter prompt may fit; Ctrl+N starts a new conversation" if too_long else ""
-            panel = ErrorPanel(title, failed.message, hint)
-            panel.add_class("refusal")
-            await self._log.mount(panel, after=running.turn)
-            await self._end(running, Ending.REFUSED)
-            running.turn.display = bool(running.turn.exchange.answer)
+    def _toggle(self, panel: Widget, other: Widget) -> bool:
+        """Open or close `panel`; where there is room for one only, `other` closes."""
+        opened = not panel.has_class("-open")
+        panel.set_class(opened, "-open")
+        if opened and self.size.width < TWO_PANELS:
+            other.remove_class("-open")
+        if not opened:
+            self.prompt.focus()
+        return opened
 
-    @on(messages.AnswerLost)
-    async def _answer_lost(self, message: messages.AnswerLost) -> None:
-        if running := self._of(message):
-            await self._end(running, Ending.ENGINE_LOST)
+    async def action_toggle_speculation(self) -> None:
+        """Show how each token came, and the panel that explains it; or the answers as text."""
+        if self.speculation.on and isinstance(self.focused, TokenText):
+            self.prompt.focus()
+        self.speculation.on = not self.speculation.on
+        await self.speculation.attach(self.view.turns)
 
-    async def _end(self, running: Running, ending: Ending) -> None:
-        running.turn.exchange.ending = ending
-        await running.turn.end(ending)
-        if self.running is running:
-            self.running = None
-        self._send_next()
+    def on_token_text_moved(self, message: TokenText.Moved) -> None:
+        """Explain the token under the cursor."""
+        self.speculation.look_at(message.trace, message.token)
 
-    def _show_figures(self, figures: Figures) -> None:
-        self.query_one(StatusLine).figures = figures
+    def on_token_text_tree_scrolled(self, message: TokenText.TreeScrolled) -> None:
+        """Show more of the tree."""
+        self.speculation.scroll_tree(message.by)
+
+    @on(Settings.Changed)
+    def _settings_changed(self, message: Settings.Changed) -> None:
+        self.conversation.system, self.conversation.params = message.system, message.params
+        self.autosave.save(self.conversation)
+
+    def _what_to_leave(self) -> str | None:
+        focused = self.focused
+        if focused is not None and focused is not self.prompt:
+            return "focus"
+        return "editing" if self.prompt.editing else None
+
+    def action_back(self) -> None:
+        """Go back to the prompt from wherever the focus is; then leave an edited prompt."""
+        if self._what_to_leave() == "editing":
+            self.prompt.stop_editing()
+            self.refresh_bindings()
+        elif self.has_class("-narrow"):
+            self._close_panels()
+        self.prompt.focus()
 
     # --- around the conversation -----------------------------------------------------------
 
     @on(Prompt.ScrollWanted)
     def _scroll_wanted(self, message: Prompt.ScrollWanted) -> None:
-        log = self._scroll
+        view = self.view
         match message.how:
             case "page_up":
-                log.scroll_page_up(animate=False)
+                view.scroll_page_up(animate=False)
             case "page_down":
-                log.scroll_page_down(animate=False)
+                view.scroll_page_down(animate=False)
             case "home":
-                log.scroll_home(animate=False)
+                view.scroll_home(animate=False)
             case "end":
-                log.scroll_end(animate=False)
+                view.to_latest()
+
+    @on(ConversationView.Below)
+    def _tell_below(self, message: ConversationView.Below) -> None:
+        self.query_one(Latest).below = message.lines
+
+    @on(Latest.Wanted)
+    def _latest_wanted(self) -> None:
+        self.view.to_latest()
 
     @on(Prompt.HelpWanted)
     async def _help(self) -> None:
@@ -261,12 +346,3 @@ class ChatScreen(Screen[None]):
         """Copy a link of the model; where it leads is the user's to see and to decide."""
         self.app.copy_to_clipboard(message.href)
         self.notify(message.href, title="Link copied", markup=False)
-
-
-def ending_of(finished: Finished) -> Ending:
-    """How an answer ended, from the engine's last event about it."""
-    if finished.finish_reason == "cancelled":
-        return Ending.CANCELLED
-    if finished.finish_reason == "stop":
-        return Ending.STOP
-    return Ending.CONTEXT_FULL if finished.context_full else Ending.LENGTH

@@ -1,58 +1,91 @@
-"""The keys and the figures, explained on one page."""
+"""Help for the screen it is opened on: its keys as they are now, and what it shows."""
 
 from __future__ import annotations
 
+from textwrap import dedent
 from typing import ClassVar
 
+from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
-from textual.widgets import Static
+from textual.screen import ModalScreen, Screen
+from textual.widgets import Footer, Markdown, Static
 
-KEYS = (
-    ("Enter", "send; before the engine is ready the prompt waits its turn"),
-    ("Ctrl+J", "new line (Shift+Enter too, where the terminal has it)"),
-    ("Esc", "stop the running answer and keep its text"),
-    ("Ctrl+N", "new conversation"),
-    ("PgUp PgDn", "scroll; Ctrl+Home and Ctrl+End go to either end"),
-    ("Ctrl+R", "start the engine again after it has stopped"),
-    ("Ctrl+T", "light or dark"),
-    ("Ctrl+P", "all commands"),
-    ("F1 ?", "this page (? in an empty prompt)"),
-    ("Ctrl+C", "copy the selected text; quit if there is none"),
-    ("Ctrl+Q", "quit and stop the engine"),
-)
-FIGURES = (
-    ("first token", "time from sending to the first token"),
-    ("tok/s", "tokens per second after the first"),
-    ("tok/step", "tokens of one decode step; Medusa heads raise it above 1"),
-    ("15|15", "decoder layers on each stage"),
-    ("new, cached", "prompt tokens computed now, and kept from earlier turns"),
-    ("n/a", "not measured yet"),
-)
+from tui.themes import DIM
+
+NARROW = 100
+"""Below so many columns the panel covers the screen, which is beside it otherwise."""
+WIDTH = 64
 
 
 class HelpScreen(ModalScreen[None]):
-    """Lists the keys; Esc, F1 or ? closes it."""
+    """A panel on the right; Esc, F1, ? or a click beside it closes it."""
 
+    DEFAULT_CSS = """
+    HelpScreen {
+        align: right top;
+        background: transparent;
+
+        #help {
+            width: 64;
+            height: 1fr;
+            padding: 0 1;
+            background: $surface;
+            border: round $primary;
+            border-title-color: $primary;
+            &:ansi { background: ansi_default; }
+        }
+        #help > Static { height: auto; margin: 0 1; }
+        #help > Markdown { margin: 1 0 0 0; padding: 0 1; background: transparent; }
+        &.-narrow #help { width: 100%; }
+        Footer { width: 100%; }
+    }
+    """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape,f1,question_mark,q", "dismiss", "Close")
+        Binding("escape,f1,question_mark,q", "dismiss", "Close", id="help.close")
     ]
+    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [(0, "-narrow"), (NARROW, "-wide")]
+
+    def __init__(self, about: Screen[object], title: str) -> None:
+        super().__init__()
+        self._about = about
+        self._title = title
 
     def compose(self) -> ComposeResult:
-        """One scrollable page."""
-        with VerticalScroll(id="help"):
-            yield Static(table("Keys", KEYS))
-            yield Static(table("Figures below the prompt", FIGURES), id="figures")
+        """The keys, then the screen's own words."""
+        with VerticalScroll(id="help") as panel:
+            panel.border_title = f"Help: {self._title}"
+            yield Static(key_table(self._about, min(WIDTH, self.app.size.width) - 6))
+            if self._about.HELP:
+                yield Markdown(dedent(self._about.HELP).strip(), open_links=False)
+        yield Footer()
+
+    def on_click(self, event: events.Click) -> None:
+        """A click beside the panel closes it."""
+        if event.widget is self:
+            self.dismiss()
 
 
-def table(title: str, rows: tuple[tuple[str, str], ...]) -> Content:
-    """A titled list with aligned columns."""
-    width = max(len(name) for name, _ in rows)
-    lines = [Content.styled(title, "bold $primary")]
-    lines += [
-        Content.assemble((f"{name:<{width}}", "$text-accent"), "  ", text) for name, text in rows
-    ]
+def key_table(screen: Screen[object], width: int) -> Content:
+    """All keys of the screen, of what has the focus on it, and of the app, in `width` cells.
+
+    Each line has the keys, what they do, and the id for the `keymap` of config.json.
+    """
+    keys: dict[str, list[str]] = {}
+    words: dict[str, str] = {}
+    for _, bindings in screen._modal_binding_chain:
+        for key, binding in bindings:
+            if binding.id is None or binding.system or not binding.description:
+                continue
+            shown = screen.app.get_key_display(binding.with_key(key))
+            keys.setdefault(binding.id, []).append(shown)
+            words.setdefault(binding.id, binding.tooltip or binding.description)
+    column = max((len(" ".join(shown)) for shown in keys.values()), default=0)
+    lines = [Content.styled("Keys", "bold $primary")]
+    for name, shown in keys.items():
+        left = f"{' '.join(shown):<{column}}  "
+        gap = " " * max(2, width - len(left) - len(words[name]) - len(name))
+        lines.append(Content.assemble((left, "$text-accent"), words[name], gap, (name, DIM)))
     return Content("\n").join(lines)

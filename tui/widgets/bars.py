@@ -2,43 +2,89 @@
 
 from __future__ import annotations
 
+from textual import events
 from textual.content import Content
 from textual.reactive import reactive
 from textual.widget import Widget
 
 from tui import metrics
 from tui.metrics import Figures
+from tui.modes import MODES
 from tui.snapshot import Snapshot
 from tui.text import harmless
 from tui.themes import DIM
 
 GAP = "  "
+NARROW = 100
+HERE = "bold underline $primary"
 
 
 class TitleBar(Widget):
-    """Name, model, number format and device on the left; the state on the right."""
+    """The main screens with their keys on the left; what runs, and its state, on the right."""
+
+    DEFAULT_CSS = """
+    TitleBar {
+        height: 1;
+        padding: 0 1;
+        background: $panel;
+    }
+    """
 
     snapshot: reactive[Snapshot | None] = reactive(None)
     answering: reactive[bool] = reactive(False)
 
-    def render(self) -> Content:
-        """One line as wide as the terminal."""
-        snapshot = self.snapshot
-        if snapshot is None:
-            return Content("Jupiter")
-        facts = [harmless(snapshot.model), snapshot.dtype]
-        if snapshot.ready is not None:
-            facts.append(snapshot.ready.device)
-        state, style = self._state(snapshot)
-        left = Content.assemble(("Jupiter", "bold $primary"), GAP, " · ".join(facts))
-        right = Content.styled(f"● {state}", style)
-        room = self.content_size.width - right.cell_length - 1
-        return Content.assemble(left.truncate(room, ellipsis=True, pad=True), " ", right)
+    def __init__(self) -> None:
+        super().__init__()
+        self._tabs: list[tuple[int, str]] = []
+        """The column where each main screen's name ends, and the name of its mode."""
 
-    def _state(self, snapshot: Snapshot) -> tuple[str, str]:
-        match snapshot.phase:
+    def render(self) -> Content:
+        """One line as wide as the terminal; what does not fit of the facts is cut."""
+        width = self.content_size.width
+        left = self._modes("Jupiter  " if width >= NARROW else "")
+        state, style = self._state(self.snapshot)
+        right = Content.styled(f"● {state}", style)
+        room = width - left.cell_length - right.cell_length - 2
+        facts = Content.styled(self._facts(room), DIM)
+        return Content.assemble(
+            left, " ", facts.truncate(max(0, room), ellipsis=True, pad=True), " ", right
+        )
+
+    def on_click(self, event: events.Click) -> None:
+        """Show the screen whose name was clicked."""
+        column = event.get_content_offset_capture(self).x
+        for end, name in self._tabs:
+            if column < end:  # a click on the brand shows the chat
+                self.app.switch_mode(name)
+                return
+
+    def _modes(self, brand: str) -> Content:
+        shown = Content.styled(brand, "bold $primary")
+        self._tabs.clear()
+        for mode in MODES:
+            style = HERE if self.screen.id == mode.name else ""
+            tab = Content.assemble((f"{mode.shown_key(self.app)} ", DIM), (mode.title, style), " ")
+            shown = Content.assemble(shown, tab)
+            self._tabs.append((shown.cell_length, mode.name))
+        return shown
+
+    def _facts(self, room: int) -> str:
+        """Model, number format and device, as much of it as fits in `room` cells."""
+        if self.snapshot is None:
+            return ""
+        model = harmless(self.snapshot.model)
+        facts = [model, self.snapshot.dtype]
+        if self.snapshot.ready is not None:
+            facts.append(self.snapshot.ready.device)
+        whole = " · ".join(facts)
+        return whole if len(whole) <= room else model
+
+    def _state(self, snapshot: Snapshot | None) -> tuple[str, str]:
+        match snapshot.phase if snapshot is not None else "starting":
             case "starting":
                 return "starting", "$text-warning"
+            case "applying":
+                return "applying", "$text-warning"
             case "stopping":
                 return "stopping the engine", "$text-warning"
             case "failed":

@@ -4,81 +4,198 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from typing import ClassVar
 
 from textual.app import ComposeResult
-from textual.await_complete import AwaitComplete
+from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
+from textual.message import Message
+from textual.widget import Widget
 from textual.widgets import Markdown, Static
 from textual.widgets.markdown import MarkdownStream
 
-from tui.conversation import Ending, Exchange
+from tui.conversation import Ending, Node
 from tui.text import harmless, log_text
 from tui.themes import DIM
+from tui.widgets.answer_markdown import AnswerMarkdown
+from tui.widgets.turn_bar import Facts, TurnBar
 
 DRAIN_TIMEOUT_S = 10.0
 SHOWN_LINES = 14
 
 
-class UserTurn(Static):
+class Turn(Vertical):
+    """One message: its text, and a bar under it with what can be done.
+
+    The keyboard reaches it with Shift+Tab from the prompt. A click does not take the focus from
+    the prompt: the bar's words can be clicked.
+    """
+
+    FOCUS_ON_CLICK = False
+    can_focus = True
+    DEFAULT_CSS = """
+    Turn {
+        width: 1fr;
+        height: auto;
+        .words {
+            height: auto;
+            padding: 0 1;
+            border-left: outer $primary;
+            background: $surface;
+        }
+        &:focus { background: $primary 10%; }
+        &:focus .words { background: $primary 20%; }
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "pick('copy')", "Copy", id="turn.copy"),
+        Binding("e", "pick('edit')", "Edit", id="turn.edit"),
+        Binding("r", "pick('regenerate')", "Again", id="turn.regenerate"),
+        Binding("c", "pick('continue')", "Continue", id="turn.continue"),
+        Binding("b", "pick('code')", "Copy code", id="turn.code"),
+        Binding("left", "pick('older')", "‹ Version", id="turn.older"),
+        Binding("right", "pick('newer')", "Version ›", id="turn.newer"),
+        Binding("up,k", "step(-1)", "Message before", id="turn.up", show=False),
+        Binding("down,j", "step(1)", "Message after", id="turn.down", show=False),
+    ]
+
+    class Picked(Message):
+        """Something is to be done with a message of the conversation."""
+
+        def __init__(self, node: Node, action: str) -> None:
+            self.node = node
+            self.action = action
+            super().__init__()
+
+    class Stepped(Message):
+        """The focus is to go `step` messages on."""
+
+        def __init__(self, turn: Turn, step: int) -> None:
+            self.turn = turn
+            self.step = step
+            super().__init__()
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        self.node = node
+        self.bar = TurnBar()
+
+    def show_facts(self, facts: Facts) -> None:
+        """Say what can be done with the message now."""
+        if facts != self.bar.facts:
+            self.bar.facts = facts
+            if self.has_focus:
+                self.refresh_bindings()
+
+    def on_enter(self) -> None:
+        """Offer what can be done under the pointer."""
+        self.bar.offering = True
+
+    def on_leave(self) -> None:
+        """Be quiet again, unless the pointer only went on to a part of the turn."""
+        self.bar.offering = self.has_focus or self.is_mouse_over
+
+    def on_focus(self) -> None:
+        """Offer what can be done."""
+        self.bar.offering = True
+
+    def on_blur(self) -> None:
+        """Be quiet again."""
+        self.bar.offering = self.is_mouse_over
+
+    def action_pick(self, action: str) -> None:
+        """Ask the screen to do something with the message."""
+        self.post_message(self.Picked(self.node, action))
+
+    def action_step(self, step: int) -> None:
+        """Ask for the focus to go on."""
+        self.post_message(self.Stepped(self, step))
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer only what can be done with this message now."""
+        return action != "pick" or parameters[0] in self.bar.facts.actions
+
+    def on_turn_bar_picked(self, message: TurnBar.Picked) -> None:
+        """A word of the bar was clicked."""
+        message.stop()
+        self.action_pick(message.action)
+
+
+class UserTurn(Turn):
     """A prompt as it was sent, in plain text."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(Content(harmless(text)))
+    def compose(self) -> ComposeResult:
+        """The text, and the bar under it."""
+        yield Static(Content(harmless(self.node.text)), classes="words")
+        yield self.bar
 
 
-class AnswerMarkdown(Markdown):
-    """A Markdown document that tells when a stream has nothing left to hand to it."""
+class AnswerTurn(Turn):
+    """An answer: Markdown as it streams in, or another rendering of the same text in its place.
 
-    def __init__(self) -> None:
-        super().__init__(open_links=False)
-        self._took = asyncio.Event()
+    It shows what its message has: after the message's text has grown, `grow` shows the rest.
+    """
 
-    def append(self, markdown: str) -> AwaitComplete:
-        """As Markdown.append; the source has grown when this returns."""
-        result = super().append(markdown)
-        self._took.set()
-        return result
+    DEFAULT_CSS = """
+    AnswerTurn {
+        /* The gap before the next turn is the bar's. */
+        MarkdownFence { background: $surface; }
+        MarkdownHeader { margin: 0 0 1 0; content-align: left middle; }
+    }
+    """
 
-    async def has_source(self, length: int) -> None:
-        """Wait until `length` characters were appended."""
-        while len(self.source) < length:
-            self._took.clear()
-            await self._took.wait()
-
-
-class AnswerTurn(Vertical):
-    """An answer: Markdown as it streams in, and one quiet line about its state."""
-
-    def __init__(self, exchange: Exchange, note: str) -> None:
-        super().__init__()
-        self.exchange = exchange
+    def __init__(self, node: Node, note: str = "") -> None:
+        super().__init__(node)
         self._markdown = AnswerMarkdown()
-        self._note = Static(note, classes="note", markup=False)
+        self._other: Widget | None = None
         self._stream: MarkdownStream | None = None
+        self._taken = 0
         self._written = 0
+        self._note = (note, False)
 
     def compose(self) -> ComposeResult:
-        """The document and the note under it."""
+        """The document, and the bar under it."""
         yield self._markdown
-        yield self._note
+        yield self.bar
 
-    def show_note(self, text: str, *, warning: bool = False) -> None:
-        """Replace the quiet line; an empty text hides it."""
-        self._note.update(text)
-        self._note.display = bool(text)
-        self._note.set_class(warning, "-warning")
+    async def on_mount(self) -> None:
+        """Show the text that is there already, and how it ended."""
+        if self.node.text:
+            await self._markdown.append(self._take())
+        if self.node.ending is not None:
+            self._show_ending(self.node.ending)
+        else:
+            self.show_note(*self._note)
 
-    async def write(self, text: str) -> None:
-        """Append a piece of the model's text; rendering follows in the background."""
-        if not text:
+    def show_note(self, text: str, warning: bool = False) -> None:
+        """Replace the quiet words about the answer's state; an empty text hides them."""
+        self._note = (text, warning)
+        self.bar.note = self._note
+
+    async def show_instead(self, other: Widget | None) -> None:
+        """Show `other` in the place of the Markdown, which goes on growing; None ends that."""
+        if self._other is not None:
+            await self._other.remove()
+        self._other = other
+        self._markdown.display = other is None
+        if other is not None:
+            await self.mount(other, before=self.bar)
+
+    async def grow(self) -> None:
+        """Show what was added to the message's text; rendering follows in the background."""
+        if not self.is_mounted or self._taken == len(self.node.text):
             return
         if self._stream is None:
             self.show_note("")
             self._stream = Markdown.get_stream(self._markdown)
-        safe = harmless(text)
-        self._written += len(safe)
-        await self._stream.write(safe)
+        await self._stream.write(self._take())
+
+    def _take(self) -> str:
+        text = harmless(self.node.text[self._taken :])
+        self._taken = len(self.node.text)
+        self._written += len(text)
+        return text
 
     async def on_unmount(self) -> None:
         """A turn that is removed while it streams leaves no task behind."""
@@ -91,6 +208,7 @@ class AnswerTurn(Vertical):
 
     async def end(self, ending: Ending) -> None:
         """Render what is left and mark how the answer ended."""
+        await self.grow()
         if self._stream is not None:
             # A stream that is stopped with text still waiting would append it while an append
             # is under way, and render lines twice; so wait until it has handed over all.
@@ -98,10 +216,12 @@ class AnswerTurn(Vertical):
                 async with asyncio.timeout(DRAIN_TIMEOUT_S):
                     await self._markdown.has_source(self._written)
             await self._stop_stream()
-        elif ending is Ending.STOP:
-            self.show_note("(an empty answer)")
-            return
-        self.show_note(ending.value, warning=ending not in (Ending.STOP, Ending.CANCELLED))
+        self._show_ending(ending)
+
+    def _show_ending(self, ending: Ending) -> None:
+        empty = ending is Ending.STOP and not self.node.text
+        note = "(an empty answer)" if empty else ending.marker
+        self.show_note(note, ending not in (Ending.STOP, Ending.CANCELLED))
 
 
 class ErrorPanel(Static):

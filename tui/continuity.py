@@ -1,0 +1,131 @@
+"""An answer that outlives the engine it began on: its tokens are remembered and taken along."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from engine.protocol import Failed, Finished, Generate, Metrics, Started, Tokens
+from engine.request import Answer, RequestStream
+
+
+class AnswerStream(RequestStream):
+    """The events of one answer, over any number of engines; as RequestStream for its reader.
+
+    Each engine that works on it plays a part of it.
+    """
+
+    def __init__(self, request: Generate) -> None:
+        super().__init__(request.request_id)
+        self.request = request
+        self.cancelled = False
+        """The user has stopped it."""
+        self.held = False
+        """The end of an engine's part is not the answer's end."""
+        self._started: Started | None = None
+        self._tokens = list(request.answered)
+        self._parts: list[Metrics] = []
+        self._unshown: list[Tokens] = []
+
+    @property
+    def answered(self) -> tuple[int, ...]:
+        """The tokens of the answer so far."""
+        return tuple(self._tokens)
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more will come."""
+        return self._ended or self._error is not None
+
+    def continuation(self) -> Generate:
+        """The request that makes another engine go on after the last token; ends the hold."""
+        self.held = False
+        self._unshown.clear()
+        known = self._started.transcript if self._started is not None else None
+        return replace(
+            self.request,
+            transcript=known or self.request.transcript,
+            answered=self.answered,
+            answered_steps=self.request.answered_steps + sum(p.decode_steps for p in self._parts),
+        )
+
+    def part(self, event: Answer) -> None:
+        """Take in what the present engine says."""
+        match event:
+            case Started():
+                if self._started is None:
+                    self._started = event
+                    self.put(event)
+            case Tokens():
+                self._tokens += event.token_ids
+                if self.held and not event.token_ids:
+                    # Held back because it may become a stop string: the next engine sends it.
+                    self._unshown.append(event)
+                else:
+                    self.put(event)
+            case Finished() if self.held and event.finish_reason == "cancelled":
+                if self.cancelled:
+                    self._show_unshown()
+                    self._end(event)
+                else:
+                    self._parts.append(event.metrics)
+            case Finished():
+                self._end(event)
+            case Failed():
+                self.put(event)
+
+    def end_cancelled(self) -> None:
+        """End the answer as it is; for one that is held and has no engine."""
+        self._show_unshown()
+        self._end(
+            Finished(
+                request_id=self.request_id,
+                finish_reason="cancelled",
+                context_full=False,
+                prompt_tokens=0,
+                cached_tokens=0,
+                completion_tokens=len(self._tokens),
+                metrics=Metrics(),
+            )
+        )
+
+    def _show_unshown(self) -> None:
+        for event in self._unshown:
+            self.put(event)
+        self._unshown.clear()
+
+    def _end(self, done: Finished) -> None:
+        if self._parts and self._started is not None:
+            done = replace(
+                done,
+                prompt_tokens=self._started.prompt_tokens,
+                cached_tokens=self._started.cached_tokens,
+                metrics=joined([*self._parts, done.metrics]),
+            )
+        self.put(done)
+
+
+def joined(parts: list[Metrics]) -> Metrics:
+    """The figures of an answer whose parts different engines gave; pauses between do not count."""
+    count = sum(part.decode_steps for part in parts)
+    tokens = sum(map(_decoded, parts))
+    timed = [part for part in parts if part.tokens_per_s]
+    seconds = sum(_decoded(part) / (part.tokens_per_s or 1) for part in timed)
+    return Metrics(
+        ttft_s=next((part.ttft_s for part in parts if part.ttft_s is not None), None),
+        tokens_per_s=sum(map(_decoded, timed)) / seconds if seconds else None,
+        decode_steps=count,
+        mean_accepted_len=tokens / count if count else None,
+        proposed_per_head=_sums([part.proposed_per_head for part in parts]),
+        accepted_per_head=_sums([part.accepted_per_head for part in parts]),
+    )
+
+
+def _decoded(part: Metrics) -> float:
+    """Tokens that its decode steps emitted."""
+    return (part.mean_accepted_len or 0.0) * part.decode_steps
+
+
+def _sums(rows: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Column sums of rows of any length."""
+    width = max(map(len, rows), default=0)
+    return tuple(sum(row[i] for row in rows if i < len(row)) for i in range(width))

@@ -154,9 +154,6 @@ def parse_config(values: Mapping[str, Any], where: str) -> JupiterConfig:
             "name Jupiter's with --config FILE"
         )
     plain: dict[str, Any] = {}
-    keymap: dict[str, str] = {}
-    """Other keys for actions of the workbench: binding id to keys; `tui/keys.py` checks them."""
-
     model_keys: dict[str, Any] = {}
     for key, value in values.items():
         key = ALIASES.get(key, key)

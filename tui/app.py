@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import importlib
 import os
 import time
 import traceback
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from rich.text import Text
 from textual import on
@@ -27,10 +30,15 @@ from tui.messages import EngineChanged, EngineNotice
 from tui.modes import MODES, AsksBeforeLeaving, ShowsEngine
 from tui.session import ClientFactory, EngineSession
 from tui.speeds import SpeedStore
+from tui.telemetry import TelemetryStore
 from tui.themes import THEMES, default_theme, partner
 
 if TYPE_CHECKING:
     from tui.screens.chat import ChatScreen
+
+
+GC_THRESHOLDS = (20_000, 20, 50)
+"""New objects make the collector look at the young ones, and seldom at the older ones."""
 
 
 class JupiterApp(App[int]):
@@ -43,7 +51,7 @@ class JupiterApp(App[int]):
     DEFAULT_MODE = "chat"
     CSS_PATH = Path(__file__).with_name("app.tcss")
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("f1", "help", "Help", id="app.help"),
+        Binding("f1", "help", "Help", show=False, id="app.help"),  # the title bar shows it
         *(
             Binding(
                 mode.key,
@@ -94,7 +102,8 @@ class JupiterApp(App[int]):
         self.config_given = config_given
         self.set_keymap(checked_keymap(config.keymap))
         self.session = EngineSession(config, self.post_message, make_client)
-        self.telemetry = _telemetry_store(self.session)
+        self.telemetry = TelemetryStore(time.monotonic)
+        self.session.add_listener(self.telemetry.on_update)
         self.speeds = SpeedStore()
         self.session.add_listener(self.speeds.on_update)
         for theme in THEMES:
@@ -126,11 +135,22 @@ class JupiterApp(App[int]):
     # --- the engine ------------------------------------------------------------------------
 
     async def _launch(self) -> None:
-        await self.session.start()
+        await asyncio.gather(self.session.start(), asyncio.to_thread(self._load_the_rest))
         error = self.session.error
         if error is not None and error.exit_code == ExitCode.BAD_INPUT:
             # Nothing that could be done from in here: another flag, file or model is needed.
             await self.leave(error.exit_code)
+
+    def _load_the_rest(self) -> None:
+        """Import what the first answer needs, which the first paint does without.
+
+        All that is there then stays to the end: the garbage collector need not look at it again
+        and again, which takes a quarter of a second each time, in the middle of an answer.
+        """
+        importlib.import_module("tui.widgets.turn")
+        if not self.is_headless:  # so that this process is the workbench's alone
+            gc.freeze()
+            gc.set_threshold(*GC_THRESHOLDS)
 
     @on(EngineChanged)
     def _engine_changed(self, message: EngineChanged) -> None:
@@ -239,15 +259,3 @@ class JupiterApp(App[int]):
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """What the command palette offers."""
         yield from offers(self, screen)
-
-
-def _telemetry_store(session: EngineSession) -> Any:  # TODO plain import once H1/H4's modules exist
-    from importlib.util import find_spec
-
-    if find_spec("tui.telemetry") is None or not hasattr(session, "add_listener"):
-        return None
-    from tui.telemetry import TelemetryStore
-
-    store = TelemetryStore(time.monotonic)
-    session.add_listener(store.on_update)
-    return store

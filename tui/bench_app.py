@@ -24,8 +24,8 @@ from engine.protocol import (
 )
 from engine.request import RequestStream
 from engine.updates import Update
-from tui.app import JupiterApp
 from tui.bench_text import document, tokens
+from tui.terminal import run
 
 PROBE_S = 0.005
 """The event loop is asked to wake up after so long, again and again; its lag is the delay."""
@@ -128,10 +128,12 @@ async def _probe(lags: list[float]) -> None:
 def main(rate: str, code_lines: str, report: str) -> int:
     """Run the workbench on this terminal until it is quit; the figures go to `report`."""
     config = JupiterConfig(base_model_name_or_path="bench", stage_num_hidden_layers_list=[15, 15])
-    app = JupiterApp(
-        config, lambda _, listener: Player(listener, float(rate), int(code_lines), Path(report))
+    return run(
+        config,
+        make_client=lambda _, listener: Player(
+            listener, float(rate), int(code_lines), Path(report)
+        ),
     )
-    return app.run() or 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import functools
 import json
 import os
 import pty

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from textual.app import App
@@ -46,14 +45,19 @@ class Mode:
 
     def shown_key(self, app: App[object]) -> str:
         """The key that shows the mode, as the user has it on their keyboard."""
-        key = app._keymap.get(self.binding_id, self.key).partition(",")[0]
-        return app.get_key_display(Binding(key, ""))
+        return key_of(app, self.binding_id, self.key)
 
     def open(self, app: JupiterApp) -> Screen[None]:
         """The mode's screen, whose id is the mode's name."""
         screen = self.make(app)
         screen.id = self.name
         return screen
+
+
+def key_of(app: App[object], binding_id: str, default: str) -> str:
+    """The (first) key of an action, for people, as the user's keymap has it."""
+    key = app._keymap.get(binding_id, default).partition(",")[0]
+    return app.get_key_display(Binding(key, ""))
 
 
 def _chat(app: JupiterApp) -> Screen[None]:
@@ -80,10 +84,9 @@ def _training(app: JupiterApp) -> Screen[None]:
     return TrainingScreen(app.session)
 
 
-ALL_MODES = (
+MODES = (
     Mode("chat", "Chat", "f2", "Talk with the model", _chat),
     Mode("stages", "Stages", "f3", "Which stage holds which layers", _stages),
     Mode("telemetry", "Telemetry", "f4", "What every stage does right now", _telemetry),
     Mode("training", "Training", "f5", "Train Medusa heads", _training),
 )
-MODES = tuple(mode for mode in ALL_MODES if find_spec(f"tui.screens.{mode.name}"))

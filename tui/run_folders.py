@@ -37,7 +37,7 @@ class RunProcess(msgspec.Struct, frozen=True):
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.created) < 0.01
-            return same and process.status() != psutil.STATUS_ZOMBIE
+            return bool(same and process.status() != psutil.STATUS_ZOMBIE)
         except psutil.Error:
             return False
 

@@ -18,6 +18,7 @@ from engine.config import JupiterConfig
 
 if TYPE_CHECKING:
     from tui.app import JupiterApp
+    from tui.session import ClientFactory
 
 STOP_LIMIT_S = 5.0
 # Mouse, focus and paste reports, in-band resize and the kitty keyboard off; line wrap, main screen
@@ -29,16 +30,21 @@ RESTORE = (
 LAST_WORDS = b"\r\njupiter-tui was killed; its engine is stopping.\r\n"
 
 
-def run(config: JupiterConfig, config_given: str | None = None) -> int:
+def run(
+    config: JupiterConfig,
+    config_given: str | None = None,
+    make_client: ClientFactory | None = None,
+) -> int:
     """Open the workbench and run it to its end; no engine process is left afterwards.
 
-    `config_given` is the path of `--config`, if there was one. Returns the exit code. Raises the
-    JupiterError of a start that no key could have mended.
+    `config_given` is the path of `--config`, if there was one; `make_client` puts another engine
+    in the place of the real one. Returns the exit code. Raises the JupiterError of a start that no
+    key could have mended.
     """
     with TerminalGuard(sys.stdin.fileno(), sys.stderr.fileno()):
         from tui.app import JupiterApp
 
-        app = JupiterApp(config, config_given=config_given)
+        app = JupiterApp(config, make_client, config_given=config_given)
         loop = asyncio.new_event_loop()
         try:
             code = loop.run_until_complete(_live(app))

@@ -108,7 +108,10 @@ class History:
                 )
             )
             return
-        self._progress(record.iteration, record.train_iters, record.elapsed_s, record.remaining_s)
+        if self.iteration is None or record.iteration > self.iteration:
+            self._progress(
+                record.iteration, record.train_iters, record.elapsed_s, record.remaining_s
+            )
         if record.loss_per_head is None:
             return
         self._append(
@@ -127,7 +130,7 @@ class History:
     def _progress(
         self, iteration: int, total: int, elapsed_s: float | None, remaining_s: float | None
     ) -> None:
-        if self.iteration is None or iteration > self.iteration:
+        if self.iteration is None or iteration >= self.iteration:
             self.iteration, self.elapsed_s = iteration, elapsed_s
             self.total, self.remaining_s = total or self.total, remaining_s
 

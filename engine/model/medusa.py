@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from engine.model.config import ModelConfig
 from engine.model.llama import LlamaDecoderLayer, LlamaModel, Rows
 
-
 HeadKind = Literal["resblock", "root"]
 """What a head sees: the last hidden state alone, or also the token chosen from it."""
 

@@ -85,7 +85,7 @@ def test_a_chat_from_start_to_quit(default_model: Path, tmp_path: Path) -> None:
         terminal.send("What is the capital of France?" + ENTER)
         terminal.wait_for("Paris", START_S)
         terminal.wait_for(rest_state, ANSWER_S)
-        terminal.wait_for(shows(r"first token \d.* s  \d.* tok/s  1\.00 tok/step  15\|15"))
+        terminal.wait_for(shows(r"first token \d.* s  \d.* tok/s  [1-5]\.\d\d tok/step  15\|15"))
 
         terminal.send("Count from 1 to 500, one number per line." + CTRL_J + "Go." + ENTER)
         terminal.wait_for("● answering")
@@ -104,6 +104,27 @@ def test_a_chat_from_start_to_quit(default_model: Path, tmp_path: Path) -> None:
         terminal.send(CTRL_Q)
         assert terminal.wait_exit(timeout=10) == 0
         assert_left_clean(terminal)
+
+
+def test_the_bundled_heads_change_no_answer_and_show_what_they_gain(
+    default_model: Path, tmp_path: Path
+) -> None:
+    answers, gains = [], []
+    for name, words in {"with": (), "without": ("--no-heads",)}.items():
+        state = tmp_path / name
+        with chat(state, "--set", "max_new_tokens=80", *words) as terminal:
+            terminal.wait_for(rest_state, START_S)
+            terminal.send("Give three tips for staying healthy." + ENTER)
+            terminal.wait_for(lambda screen: answer_tokens(screen) > 0, ANSWER_S)
+            screen = terminal.wait_for(rest_state, ANSWER_S)
+            (gain,) = re.findall(r"(\d\.\d\d) tok/step", screen)
+            gains.append(float(gain))
+            terminal.send(CTRL_Q)
+            assert terminal.wait_exit() == 0
+        (file,) = (state / "conversations").glob("*.json")
+        answers.append(json.loads(file.read_text())["nodes"][1]["text"])
+    assert answers[0] == answers[1] != ""
+    assert gains[0] > 1.2 and gains[1] == 1
 
 
 def answer_tokens(screen: str) -> int:

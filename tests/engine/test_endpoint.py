@@ -23,6 +23,7 @@ from engine.protocol import (
     StageState,
     StageTelemetry,
     Tokens,
+    TrainingStep,
     decode_event,
     encode,
 )
@@ -92,6 +93,23 @@ def telemetry(steps: int) -> StageTelemetry:
     )
 
 
+def training_step(number: int) -> TrainingStep:
+    return TrainingStep(
+        iteration=number,
+        total=number,
+        loss=1.0,
+        loss_per_head=(1.0,),
+        accuracy_per_head=(0.5,),
+        lr=1e-3,
+        grad_norm=1.0,
+        tokens_per_s=1.0,
+        memory_bytes=1,
+        memory_kind="process",
+        elapsed_s=1.0,
+        remaining_s=0.0,
+    )
+
+
 def tokens(number: int) -> Tokens:
     return Tokens(request_id="r", token_ids=(number,), text="x")
 
@@ -141,10 +159,11 @@ def test_no_token_is_lost_and_telemetry_is_the_latest(stopped_client: Client) ->
     assert len([e for e in events if isinstance(e, StageTelemetry)]) < count / 4
 
 
-def test_notices_and_progress_are_bounded_while_nobody_reads(stopped_client: Client) -> None:
+def test_notices_steps_and_progress_are_bounded_while_nobody_reads(stopped_client: Client) -> None:
     count = 20_000
     for number in range(count):
         stopped_client.endpoint.send(Notice(f"notice {number}"))
+        stopped_client.endpoint.send(training_step(number))
     for done in range(count):
         stopped_client.endpoint.send(StageState(phase="loading", done=done, total=count))
     last = StageState(phase="ready")

@@ -167,6 +167,7 @@ class Job:
             "progress": "auto",
             "max_failures": None,
             "max_num_seqs": None,
+            "telemetry_json": False,
             **changes,
         }
         return batch.main(argparse.Namespace(**args), CONFIG)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -29,8 +31,13 @@ DEADLINE_S = 20.0
 
 
 @pytest.fixture(autouse=True)
-def played(monkeypatch: pytest.MonkeyPatch) -> None:
+def played(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(training_run, "ATTENDED", "tests.fake_training")
+    yield
+    for run in (tmp_path / "runs").glob("v*"):  # of a test that failed half way
+        process = read_run(run).process
+        if process is not None and process.alive:
+            os.kill(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -137,6 +144,10 @@ async def test_a_run_is_watched_until_its_heads_are_there(values: dict[str, str]
         assert not b.run.running
         assert b.screen.check_action("stop", ()) is False
         assert b.screen.check_action("use_heads", ()) is False  # the engine is not ready
+        await b.pilot.press("l")
+        await b.until(lambda: "step 3 is done" in b.shown())
+        await b.pilot.press("escape")
+        await b.until(lambda: b.app.screen is b.screen)
 
 
 async def test_stop_saves_a_checkpoint_and_the_run_can_be_gone_on_with(

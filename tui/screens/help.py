@@ -39,6 +39,7 @@ class HelpScreen(ModalScreen[None]):
         }
         #help > Static { height: auto; margin: 0 1; }
         #help > Markdown { margin: 1 0 0 0; padding: 0 1; background: transparent; }
+        #help MarkdownHeader { margin: 0 0 1 0; content-align: left middle; }
         &.-narrow #help { width: 100%; }
         Footer { width: 100%; }
     }
@@ -46,7 +47,7 @@ class HelpScreen(ModalScreen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,f1,question_mark,q", "dismiss", "Close", id="help.close")
     ]
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [(0, "-narrow"), (NARROW, "-wide")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (NARROW, "-wide")]  # noqa: RUF012 (as Textual's own)
 
     def __init__(self, about: Screen[object], title: str) -> None:
         super().__init__()
@@ -57,10 +58,16 @@ class HelpScreen(ModalScreen[None]):
         """The keys, then the screen's own words."""
         with VerticalScroll(id="help") as panel:
             panel.border_title = f"Help: {self._title}"
-            yield Static(key_table(self._about, min(WIDTH, self.app.size.width) - 6))
+            yield Static(key_table(self._about, self._width))
             if self._about.HELP:
                 yield Markdown(dedent(self._about.HELP).strip(), open_links=False)
         yield Footer()
+
+    @property
+    def _width(self) -> int:
+        """Cells for a line of text: the panel without its edges and the scrollbar."""
+        columns = self.app.size.width
+        return (columns if columns < NARROW else WIDTH) - 7
 
     def on_click(self, event: events.Click) -> None:
         """A click beside the panel closes it."""
@@ -84,8 +91,9 @@ def key_table(screen: Screen[object], width: int) -> Content:
             words.setdefault(binding.id, binding.tooltip or binding.description)
     column = max((len(" ".join(shown)) for shown in keys.values()), default=0)
     lines = [Content.styled("Keys", "bold $primary")]
-    for name, shown in keys.items():
-        left = f"{' '.join(shown):<{column}}  "
-        gap = " " * max(2, width - len(left) - len(words[name]) - len(name))
-        lines.append(Content.assemble((left, "$text-accent"), words[name], gap, (name, DIM)))
+    for name, names in keys.items():
+        left = Content.styled(f"{' '.join(names):<{column}}  ", "$text-accent")
+        room = max(0, width - left.cell_length - len(name) - 2)
+        text = Content(words[name]).truncate(room, ellipsis=True, pad=True)
+        lines.append(Content.assemble(left, text, "  ", (name, DIM)))
     return Content("\n").join(lines)

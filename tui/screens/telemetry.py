@@ -17,7 +17,7 @@ from textual.widgets import Footer, Static
 from engine.protocol import TELEMETRY_INTERVAL_S
 from tui import metrics
 from tui.snapshot import Snapshot
-from tui.telemetry import BUCKET_S, STALE_S, TelemetryStore, TelemetryView
+from tui.telemetry import BUCKET_S, REQUESTS_KEPT, STALE_S, TelemetryStore, TelemetryView
 from tui.text import harmless
 from tui.themes import DIM
 from tui.widgets import stage_card
@@ -47,7 +47,8 @@ class TelemetryScreen(Screen[None]):
 
     - **tokens/s**: all answers together, in spans of {BUCKET_S:g} s; the number is that of the
       last {metrics.seconds(4 * BUCKET_S)}.
-    - **first token**: a bar for each answer, from the request's arrival to its first token.
+    - **first token**: a bar for each answer, from the request's arrival to its first token; the
+      median is that of the last {REQUESTS_KEPT} answers.
     - **memory**: on CUDA what this process has allocated on the device, of the device's; on CPU
       the process's resident memory, of what the machine (or its control group) has. Stages on one
       machine share the same total. *KV cache* is its size when full: on CPU unused parts take no
@@ -56,8 +57,8 @@ class TelemetryScreen(Screen[None]):
       ▓ link (sending, and receiving what has begun to arrive), ▒ waiting for a neighbour while
       there is work, · idle.
     - **busy so far**: the busy share of earlier samples, the newest on the right.
-    - **ms/step**, **link**: computing and link time of one step, as last measured; **prefill**: prompt
-      tokens over this stage's computing time.
+    - **ms/step**, **link**: computing and link time of one step, as last measured; **prefill**:
+      prompt tokens over this stage's computing time.
 
     ## Colours
     | figure | yellow | red |
@@ -74,11 +75,13 @@ class TelemetryScreen(Screen[None]):
         Binding("space,p", "pause", "Pause", id="telemetry.pause", tooltip="Freeze the view"),
         Binding("up,k", "move(-1)", "Stage above", show=False, id="telemetry.up"),
         Binding("down,j", "move(1)", "Stage below", show=False, id="telemetry.down"),
+        Binding(
+            "0", "open_log(0)", "Log of stage 0, others by 1 to 9", show=False, id="telemetry.log_0"
+        ),
+        # Without words of their own, so that the list of keys stays short.
         *(
-            Binding(
-                str(n), f"open_log({n})", f"Log of stage {n}", show=False, id=f"telemetry.log_{n}"
-            )
-            for n in range(10)
+            Binding(str(n), f"open_log({n})", show=False, id=f"telemetry.log_{n}")
+            for n in range(1, 10)
         ),
     ]
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (WIDE, "-wide")]  # noqa: RUF012 (as Textual's own)
@@ -222,9 +225,7 @@ def _ttft_title(view: TelemetryView) -> Content:
     return Content.assemble(
         ("first token  ", "bold"),
         (metrics.seconds(view.ttft_s), "$text-secondary"),
-        (f"   median of {len(view.ttfts_s)}: {metrics.seconds(view.ttft_median_s)}", DIM)
-        if view.ttfts_s
-        else "",
+        (f"   median {metrics.seconds(view.ttft_median_s)}", DIM) if view.ttfts_s else "",
     )
 
 

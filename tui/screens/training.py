@@ -18,6 +18,7 @@ from textual.widgets import Button, ContentSwitcher, Footer, OptionList, Static,
 from engine.errors import JupiterError
 from tui.run_folders import RunFolder, read_run, recent_runs, remember
 from tui.screens.dialogs import AskLine, Confirm, Pick
+from tui.screens.training_help import HELP
 from tui.snapshot import Snapshot
 from tui.text import harmless
 from tui.themes import DIM
@@ -45,29 +46,7 @@ LEAVING = (
 class TrainingScreen(Screen[None]):
     """Owns the run that is looked at; there is at most one."""
 
-    HELP = """
-    ## Training heads
-    **New run** is the form. A field that is empty has the default that stands in it; what is wrong
-    is told below the field. **Run** shows the open run, **Runs** those of before.
-
-    The model's own answers teach its heads best: name prompts under *Self-distillation*,
-    `generate`, and the model answers them first.
-
-    ## The charts
-    - **loss per head**: how surprised each head is by the true token; lower is better. Head 1
-      guesses the token after next, head 2 the one after that. With medusa2, *base* is the model's.
-    - **top-1 accuracy**: how often a head's likeliest token is the true one. A step of the chat
-      accepts head 2's guess only where head 1's was right.
-    - **tokens/s**: of all ranks. **memory**: of rank 0's process, or of its device at its peak.
-
-    A point is a step; of a run that was not watched from here, the mean of `log_interval` steps.
-
-    ## Processes
-    A run is a process of its own beside the chat's engine; both share the machine. It ends, with
-    a checkpoint, when the workbench ends, unless you leave it running on quitting. Then open it
-    again from its folder. Heads of a finished run go into the chat with **Use heads**, which can
-    measure what they bring.
-    """
+    HELP = HELP
     DEFAULT_CSS = """
     TrainingScreen {
         Tabs { height: 2; }
@@ -188,10 +167,10 @@ class TrainingScreen(Screen[None]):
             case "runs":
                 self.query_one(RunList).focus()
 
-    @work(thread=True, exclusive=True, group="runs")
-    def _list_runs(self) -> None:
-        runs = recent_runs()  # files of many folders: not on the loop
-        self.app.call_from_thread(self.query_one(RunList).show, runs)
+    @work(exclusive=True, group="runs")
+    async def _list_runs(self) -> None:
+        runs = await asyncio.to_thread(recent_runs)  # files of many folders
+        self.query_one(RunList).show(runs)
 
     # --- a new run ---------------------------------------------------------------------------
 

@@ -76,7 +76,9 @@ class AnswerFence(MarkdownFence):
     DEFAULT_CSS = """
     AnswerFence {
         padding: 1 0;
+        background: $surface;
         & > Label { padding: 0 2; }
+        &:light { background: $surface; }
         &:ansi > Label { padding: 0; }
     }
     """

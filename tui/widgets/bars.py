@@ -9,7 +9,7 @@ from textual.widget import Widget
 
 from tui import metrics
 from tui.metrics import Figures
-from tui.modes import MODES
+from tui.modes import MODES, key_of
 from tui.snapshot import Snapshot
 from tui.text import harmless
 from tui.themes import DIM
@@ -36,7 +36,7 @@ class TitleBar(Widget):
     def __init__(self) -> None:
         super().__init__()
         self._tabs: list[tuple[int, str]] = []
-        """The column where each main screen's name ends, and the name of its mode."""
+        """The column where each name ends, and the app's action for it."""
 
     def render(self) -> Content:
         """One line as wide as the terminal; what does not fit of the facts is cut."""
@@ -50,22 +50,26 @@ class TitleBar(Widget):
             left, " ", facts.truncate(max(0, room), ellipsis=True, pad=True), " ", right
         )
 
-    def on_click(self, event: events.Click) -> None:
-        """Show the screen whose name was clicked."""
+    async def on_click(self, event: events.Click) -> None:
+        """Show the screen whose name was clicked, or the help."""
         column = event.get_content_offset_capture(self).x
-        for end, name in self._tabs:
-            if column < end:  # a click on the brand shows the chat
-                self.app.switch_mode(name)
+        for end, action in self._tabs:
+            if column < end:
+                await self.run_action(f"app.{action}")
                 return
 
     def _modes(self, brand: str) -> Content:
         shown = Content.styled(brand, "bold $primary")
         self._tabs.clear()
-        for mode in MODES:
-            style = HERE if self.screen.id == mode.name else ""
-            tab = Content.assemble((f"{mode.shown_key(self.app)} ", DIM), (mode.title, style), " ")
-            shown = Content.assemble(shown, tab)
-            self._tabs.append((shown.cell_length, mode.name))
+        help_key = key_of(self.app, "app.help", "f1")
+        tabs = [(help_key, "Help", "help")]
+        tabs += [
+            (mode.shown_key(self.app), mode.title, f"open_mode('{mode.name}')") for mode in MODES
+        ]
+        for key, title, action in tabs:
+            here = f"'{self.screen.id}'" in action
+            shown = Content.assemble(shown, (f"{key} ", DIM), (title, HERE if here else ""), " ")
+            self._tabs.append((shown.cell_length, action))
         return shown
 
     def _facts(self, room: int) -> str:

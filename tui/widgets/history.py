@@ -65,13 +65,14 @@ class History(Widget):
         if height < 3 or all(value is None for value in self._values):
             return [head, Content.styled("n/a", DIM)][:height]
         rows = height - 2
+        rows -= rows > 4 and rows % 2 == 0  # an odd number has a line in the middle
         # The scale is that of what is shown, so that a peak of long ago flattens nothing.
         gutter = 6
         columns = max(1, width - gutter - 1)
         shown = self._values[-int(columns * self._per_cell) :]
         top = nice_top(shown)
         labels = {0: self._format(top), rows - 1: self._format(0.0)}
-        if rows >= 5 and rows % 2:
+        if rows >= 5:
             labels[rows // 2] = self._format(top / 2)
         lines = [head]
         for row, text in enumerate(self._draw(shown, columns, rows, top)):

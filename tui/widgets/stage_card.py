@@ -19,7 +19,8 @@ from tui.themes import DIM
 
 MEMORY_WARNING = 0.75
 MEMORY_ERROR = 0.90
-WAIT_WARNING = 0.60
+# With one question at a time, four stages wait three quarters of the time: nothing is wrong.
+WAIT_WARNING = 0.85
 LINK_WARNING = 0.10
 LINK_ERROR = 0.25
 MIB, GIB = 1 << 20, 1 << 30
@@ -92,7 +93,7 @@ class StageCard(Static, can_focus=True):
             self.action_open_log()
 
 
-LOG = " log ↗"
+LOG = "log ↗"
 
 
 def card(stage: StageView, width: int) -> Content:
@@ -110,7 +111,7 @@ def _head(stage: StageView, width: int) -> Content:
         where = f"  {harmless(stage.sample.device)} · {harmless(stage.sample.device_name)}"
     contact, style = _contact(stage)
     pid = f"  pid {stage.pid}" if stage.pid and width >= NARROW else ""
-    right = Content.assemble((contact, style), (pid, DIM), (LOG, "$text-accent underline"))
+    right = Content.assemble((contact, style), (pid, DIM), " ", (LOG, "$text-accent underline"))
     left = Content.assemble((f"stage {stage.rank}", "bold"), layers, (where, DIM))
     room = max(0, width - right.cell_length - 1)
     return Content.assemble(left.truncate(room, ellipsis=True, pad=True), " ", right)
@@ -168,7 +169,7 @@ def _speed(stage: StageView, width: int) -> Content:
     step = f"{stage.decode_step_ms:.1f} ms" if stage.decode_step_ms is not None else UNKNOWN
     prefill = metrics.rate(stage.prefill_tokens_per_s)
     link = f"{stage.link_step_ms:.2f} ms" if stage.link_step_ms is not None else UNKNOWN
-    figures = f"{step}/step  link {link}  prefill {prefill}"
+    figures = Content.styled(f"{step}/step  link {link}  prefill {prefill}", _dim(stage))
     return _row("busy so far", Content.styled(past, _dim(stage) or "$primary"), figures, width)
 
 

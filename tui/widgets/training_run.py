@@ -18,9 +18,10 @@ from tui.training_history import Evaluation, Point
 from tui.training_run import Phase, TrainingRun
 from tui.widgets.chart import LineChart
 
-# The colours of the heads are those of their tokens in the chat.
-HEADS = ("$text-secondary", "$text-success", "$text-warning", "$text-error", "$text-accent")
-BASE = "$foreground"
+# The colours of the heads are those of their tokens in the chat, but for the fifth: as lines it and
+# the third would look alike.
+HEADS = ("$text-secondary", "$text-success", "$text-warning", "$text-error", "$foreground 60%")
+BASE = "$text-primary"
 PHASES: dict[Phase, tuple[str, str]] = {
     "preparing": ("preparing", "$text-warning"),
     "training": ("training", "$text-primary"),

@@ -34,6 +34,7 @@ from engine.protocol import (
     StageTelemetry,
     Started,
     Tokens,
+    TreeChosen,
     WorkerError,
 )
 from engine.queue_client import CLIENT_RANK, Gone, Item, QueueClient
@@ -100,6 +101,8 @@ class EngineClient:
         self.ready: EngineReady | None = None
         self.stages: dict[int, StageState] = {}
         self.telemetry: dict[int, StageTelemetry] = {}
+        self.tree: TreeChosen | None = None
+        """What the tuner chose last; None where the config names the tree."""
         self._streams: dict[str, RequestStream] = {}
         self._launch: Launch | None = None
         self._queue: QueueClient | None = None
@@ -337,6 +340,8 @@ class EngineClient:
                     self._launch.add_descendants()
             case StageTelemetry():
                 self.telemetry[rank] = body
+            case TreeChosen():
+                self.tree = body
             case EngineReady():
                 self.ready = body
                 self._settled.set()

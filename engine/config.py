@@ -70,6 +70,11 @@ class JupiterConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
         """Number of stages, each a process of its own."""
         return len(self.stage_num_hidden_layers_list)
 
+    @property
+    def weight_bits(self) -> Literal[8, 4] | None:
+        """Bits of a quantized weight; None where the weights stay as `torch_dtype` says."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
+
 
 # The original's one file also repeated the model's config.json; these keys are taken aside.
 # fmt: off
@@ -175,9 +180,8 @@ def parse_config(values: Mapping[str, Any], where: str) -> JupiterConfig:
         config = msgspec.convert({**plain, "model_keys": model_keys}, JupiterConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {_explain(str(error), plain)}") from None
-    for key in ("load_in_8bit", "load_in_4bit"):
-        if getattr(config, key):
-            raise ConfigError(f"{where}: key '{key}': quantization is not available yet; use false")
+    if config.load_in_8bit and config.load_in_4bit:
+        raise ConfigError(f"{where}: keys 'load_in_8bit' and 'load_in_4bit': only one can be true")
     return config
 
 

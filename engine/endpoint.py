@@ -27,6 +27,7 @@ from engine.protocol import (
     StageState,
     StageTelemetry,
     TrainingStep,
+    TreeChosen,
     decode_command,
     encode,
 )
@@ -149,7 +150,7 @@ class _Outbox:
         with self._ready:
             if self._deadline is not None:
                 return
-            if isinstance(event, StageTelemetry):
+            if isinstance(event, StageTelemetry | TreeChosen):
                 self._latest[type(event)] = event
             elif self._is_progress(event):
                 self._events[-1] = event

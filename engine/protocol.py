@@ -116,6 +116,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     medusa_num_heads: int
     tree_size: int
     """Nodes of the draft tree, root included; 1 means no speculation."""
+    tree_tuned: bool = False
+    """The tree changes with what is measured, see `TreeChosen`; tree_size is the first one's."""
     context_length: int
     """Tokens that prompt and answer may have together."""
     has_chat_template: bool
@@ -246,6 +248,31 @@ class StageTelemetry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """For people, such as the GPU's or the processor's model."""
 
 
+class TreeOption(msgspec.Struct, frozen=True, array_like=True):
+    """What a draft tree of a size promises."""
+
+    nodes: int
+    """Root included; 1 is plain decoding."""
+    tokens_per_step: float
+    """Expected, per sequence: from the latest acceptance, and the heads' calibration."""
+    step_ms: float
+    """Of a step of all running sequences, as measured or between measured ones."""
+
+
+class TreeChosen(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The tuner has weighed the draft trees and uses this one from now on; latest wins."""
+
+    nodes: int
+    """Root included; 1 means that drafting does not pay now."""
+    depth: int
+    """Medusa heads that the tree uses."""
+    sequences: int
+    """Sequences in a step, which share the tree."""
+    chosen: TreeOption
+    options: tuple[TreeOption, ...]
+    """What it was weighed against: the best tree of each size, smallest first."""
+
+
 class TrainingStarted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A training run has its folder and is about to learn; from rank 0."""
 
@@ -304,6 +331,7 @@ Event = (
     | Finished
     | Failed
     | StageTelemetry
+    | TreeChosen
     | TrainingStarted
     | TrainingStep
     | Notice

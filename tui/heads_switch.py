@@ -135,7 +135,8 @@ class Measured:
     """What the engine did over some answers."""
 
     heads: int
-    tree_size: int
+    tree_size: int | None
+    """None where it was tuned all the while."""
     answers: tuple[tuple[int, ...], ...]
     """Token ids of each answer."""
     steps: int
@@ -179,11 +180,15 @@ async def measure(
     ready = session.snapshot.ready
     if ready is None:
         raise EngineError("the engine is not ready")
-    return _sum(answers, figures, ready.medusa_num_heads, ready.tree_size)
+    tree_size = None if ready.tree_tuned else ready.tree_size
+    return _sum(answers, figures, ready.medusa_num_heads, tree_size)
 
 
 def _sum(
-    answers: Sequence[tuple[int, ...]], figures: Sequence[Metrics], heads: int, tree_size: int
+    answers: Sequence[tuple[int, ...]],
+    figures: Sequence[Metrics],
+    heads: int,
+    tree_size: int | None,
 ) -> Measured:
     tokens = [each.decode_steps * (each.mean_accepted_len or 0.0) for each in figures]
     seconds = [

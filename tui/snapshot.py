@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 
 from engine.config import JupiterConfig
-from engine.protocol import EngineReady, StageState
+from engine.protocol import EngineReady, StageState, TreeChosen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +32,8 @@ class Snapshot:
     """What the start or the change is busy with, or why the engine failed."""
     stages: Mapping[int, StageState] = field(default_factory=dict)
     ready: EngineReady | None = None
+    tree: TreeChosen | None = None
+    """What the tuner of draft trees chose last; None where there is none."""
     began_at: float | None = None
     ready_after_s: float | None = None
 
@@ -53,6 +55,7 @@ class Snapshot:
             detail="",
             stages={},
             ready=None,
+            tree=None,
             began_at=now,
             ready_after_s=None,
         )
@@ -105,6 +108,8 @@ def fold(snapshot: Snapshot, update: Update, now: float) -> Snapshot:
             return replace(snapshot, stages={**snapshot.stages, rank: state})
         case EventEnvelope(body=EngineReady() as ready):
             return _ready(snapshot, ready, now)
+        case EventEnvelope(body=TreeChosen() as tree):
+            return replace(snapshot, tree=tree)
         case _:
             return snapshot
 
@@ -120,6 +125,7 @@ def _ready(snapshot: Snapshot, ready: EngineReady, now: float) -> Snapshot:
         split=tuple(ready.stages),
         dtype=ready.dtype,
         ready=ready,
+        tree=None,
         ready_after_s=None if snapshot.began_at is None else now - snapshot.began_at,
     )
 

@@ -78,7 +78,8 @@ class SpeedStore:
             self._records, self._finished = {}, None
         match update.body:
             case EngineReady() as ready:
-                kind = (ready.model, ready.dtype, ready.medusa_num_heads, ready.tree_size)
+                tree = "tuned" if ready.tree_tuned else ready.tree_size
+                kind = (ready.model, ready.dtype, ready.medusa_num_heads, tree)
                 if kind != self._kind:
                     self._kind, self._before = kind, Measured()
             case StageTelemetry() as telemetry:

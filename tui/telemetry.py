@@ -23,6 +23,7 @@ from engine.protocol import (
     StageTelemetry,
     Started,
     Tokens,
+    TreeChosen,
 )
 from engine.updates import ClientState, StateChanged, Update
 
@@ -110,6 +111,8 @@ class TelemetryView:
     """Requests that are being answered."""
     finished: int = 0
     """Requests that have ended."""
+    tree: TreeChosen | None = None
+    """What the tuner of draft trees chose last; None where the tree is fixed."""
 
     @property
     def ttft_s(self) -> float | None:
@@ -217,6 +220,7 @@ class TelemetryStore:
         self._state = ClientState.STARTING
         self._reason = ""
         self._ready: EngineReady | None = None
+        self._tree: TreeChosen | None = None
         self._stages: dict[int, _Stage] = {}
         self._running: set[str] = set()
         self._finished = 0
@@ -255,6 +259,8 @@ class TelemetryStore:
                 self._ready = ready
                 if self._state is not ClientState.BUSY:
                     self._state = ClientState.READY
+            case TreeChosen() as tree:
+                self._tree = tree
             case Started() as started:
                 self._running.add(started.request_id)
             case Tokens() as tokens:
@@ -276,7 +282,7 @@ class TelemetryStore:
         """A new launch: what the last one told is void, but for the histories of answers."""
         if self._state is not ClientState.RESPAWNING:
             self._state = ClientState.STARTING
-        self._epoch, self._ready, self._reason = epoch, None, ""
+        self._epoch, self._ready, self._tree, self._reason = epoch, None, None, ""
         self._stages.clear()
         self._running.clear()
         self._finished = self._tokens = 0
@@ -308,4 +314,5 @@ class TelemetryStore:
             ttfts_s=tuple(self._ttfts),
             running=len(self._running),
             finished=self._finished,
+            tree=self._tree,
         )

@@ -16,6 +16,7 @@ from typing import Any
 from engine.client import ClientState, EngineClient, StateChanged, Update
 from engine.config import JupiterConfig
 from engine.errors import EngineError, ExitCode, JupiterError
+from engine.protocol import TreeChosen, TreeOption
 from tui.batch_output import BatchOutput, ReaderGoneError
 from tui.progress import Reporter, make_reporter
 from tui.signals import ended_by_signals
@@ -179,7 +180,27 @@ def as_json(view: TelemetryView, *, time_unix_s: float, elapsed_s: float) -> dic
         "tokens_per_s": _rounded(view.tokens_per_s, 3),
         "ttft_last_s": _rounded(view.ttft_s, 6),
         "ttft_median_s": _rounded(view.ttft_median_s, 6),
+        "tree": None if view.tree is None else tree_json(view.tree),
         "stages": [stage_json(stage) for stage in view.stages],
+    }
+
+
+def tree_json(tree: TreeChosen) -> dict[str, Any]:
+    """The tuner's choice, and what it was weighed against."""
+    return {
+        "nodes": tree.nodes,
+        "depth": tree.depth,
+        "sequences": tree.sequences,
+        **_promise(tree.chosen, tree.sequences),
+        "options": [{"nodes": o.nodes, **_promise(o, tree.sequences)} for o in tree.options],
+    }
+
+
+def _promise(option: TreeOption, sequences: int) -> dict[str, float]:
+    return {
+        "tokens_per_step": round(option.tokens_per_step, 3),
+        "step_ms": round(option.step_ms, 3),
+        "tokens_per_s": round(1000.0 * sequences * option.tokens_per_step / option.step_ms, 3),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -36,6 +37,7 @@ def preflight(config: JupiterConfig, folder: Path) -> ModelConfig:
     model = ModelConfig.from_folder(folder)
     _check_split(config, model, folder)
     _check_model_keys(config.model_keys, model, folder)
+    _check_quantization(config)
     check_whole(folder)
     check_tokenizer(folder)
     found = find_heads(config, folder)
@@ -105,6 +107,21 @@ def _check_model_keys(given: dict[str, Any], model: ModelConfig, folder: Path) -
                 f"key '{key}': {json.dumps(value)} contradicts {folder / 'config.json'}, "
                 f"which has {json.dumps(shown, default=str)}; correct the key or leave it out"
             )
+
+
+def _check_quantization(config: JupiterConfig) -> None:
+    """On a named GPU; with `auto` only the stage itself knows its device."""
+    bits = config.weight_bits
+    if bits is None or not config.device.startswith("cuda"):
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            f"key 'load_in_{bits}bit': on cuda this needs the package torchao (pip install torchao)"
+        )
+    if bits == 4 and config.torch_dtype != "bfloat16":
+        raise ConfigError(
+            f"key 'load_in_4bit': on cuda torch_dtype must be bfloat16, not {config.torch_dtype}"
+        )
 
 
 def _normal(key: str, value: Any, model: ModelConfig, raw: dict[str, Any]) -> Any:

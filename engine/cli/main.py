@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from engine.errors import ExitCode, JupiterError
 
 COMMANDS = {
-    "bench": "measure this machine: `bench ui`, the workbench under a fast answer",
+    "bench": "measure on this machine: `bench decode`, `bench step`, `bench quality`, `bench ui`",
     "fetch": "bring a model into the cache and print its folder",
     "medusa": "train Medusa heads (also: `medusa generate`, `medusa eval`)",
     "merge": "write base model and Medusa heads as one Hugging Face folder",

@@ -108,23 +108,25 @@ def _typical(
     rule: AcceptRule,
 ) -> Accepted:
     """Accept p > min(threshold, alpha * exp(-H)) (Medusa, 2.3.1); longest path, then likeliest."""
-    probs = _softmax(logits, rule.temperature)
-    bars = _typical_bar(probs, rule)
+    # Only nodes whose token stands are looked at: a large tree costs no more than a small one.
+    judged: dict[int, tuple[Tensor, float]] = {}
     best: tuple[int, float, list[int]] = (1, 0.0, [0])
     open_paths = [best]
     while open_paths:
         length, score, path = open_paths.pop()
         best = max(best, (length, score, path), key=lambda found: found[:2])
-        bar = float(bars[path[-1]])
+        probs = _softmax(logits[path[-1]], rule.temperature)
+        bar = _typical_bar(probs, rule)
+        judged[path[-1]] = probs, bar
         for child in children[path[-1]]:
-            p = float(probs[path[-1], tokens[child]])
+            p = float(probs[tokens[child]])
             if p > bar:
                 open_paths.append((length + 1, score + math.log(p), [*path, child]))
     path = best[2]
-    last = probs[path[-1]]
-    kept = torch.where(last > bars[path[-1]], last, 0.0)
+    probs, bar = judged[path[-1]]
+    kept = torch.where(probs > bar, probs, 0.0)
     if not kept.any():
-        return Accepted(path, int(last.argmax()))
+        return Accepted(path, int(probs.argmax()))
     return Accepted(path, _draw(kept, uniform(rule.seed, position + len(path))))
 
 
@@ -133,10 +135,9 @@ def _softmax(logits: Tensor, temperature: float) -> Tensor:
     return torch.softmax(logits.double() / temperature, dim=-1)
 
 
-def _typical_bar(probs: Tensor, rule: AcceptRule) -> Tensor:
-    entropy = -(probs * probs.clamp_min(1e-20).log()).sum(dim=-1)
-    bar = rule.posterior_alpha * torch.exp(-entropy)
-    return bar.clamp_max(rule.posterior_threshold)
+def _typical_bar(probs: Tensor, rule: AcceptRule) -> float:
+    entropy = -float((probs * probs.clamp_min(1e-20).log()).sum())
+    return min(rule.posterior_threshold, rule.posterior_alpha * math.exp(-entropy))
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:

@@ -6,7 +6,6 @@ among head h's candidates, or MISS. Under greedy decoding they tell exactly what
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 MISS = -1
@@ -24,20 +23,6 @@ def hit_path(ranks: Ranks) -> Path:
             break
         path.append(rank)
     return tuple(path)
-
-
-def best_choices(positions: Iterable[Ranks], nodes: int) -> list[list[int]]:
-    """The `nodes` paths that were accepted most often, with all their beginnings.
-
-    The expected number of accepted tokens is the sum of the nodes' frequencies, and no node is
-    more frequent than its parent; so the most frequent nodes are the best tree of that size.
-    """
-    counts: Counter[Path] = Counter()
-    for ranks in positions:
-        path = hit_path(ranks)
-        counts.update(path[:end] for end in range(1, len(path) + 1))
-    order = sorted(counts, key=lambda path: (-counts[path], len(path), path))
-    return [list(path) for path in order[:nodes]]
 
 
 def tokens_per_step(answers: Iterable[Sequence[Ranks]], choices: Iterable[Sequence[int]]) -> float:

@@ -52,6 +52,14 @@ class Tree:
         """Candidates that it needs of each head."""
         return max(self.ranks) + 1
 
+    @cached_property
+    def paths(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks from the root to each drafted node, in the nodes' order."""
+        found: list[tuple[int, ...]] = [()]
+        for parent, rank in zip(self.parents[1:], self.ranks[1:], strict=True):
+            found.append((*found[parent], rank))
+        return tuple(found[1:])
+
     def tokens(self, root: int, candidates: Sequence[Sequence[int]]) -> list[int]:
         """Token of every node; `candidates[h]` are head h's tokens, likeliest first."""
         nodes = zip(self.depths[1:], self.ranks[1:], strict=True)
@@ -95,12 +103,13 @@ def choose_tree(
 ) -> Tree:
     """The tree that `medusa_choices` names; one node where there are no heads.
 
-    `own` are trees calibrated for these very heads; by name they go before the presets.
+    `own` are trees calibrated for these very heads; by name they go before the presets. With
+    "auto" the tree changes (engine/decoding/tuner.py); this is one as large as it may get.
     """
     if num_heads == 0:
         return ROOT_ONLY
     if isinstance(choices, str):
-        choices = {**PRESETS, **(own or {})}["mc_16" if choices == "auto" else choices]
+        choices = {**PRESETS, **(own or {})}["mc_63" if choices == "auto" else choices]
     return build_tree(choices, num_heads)
 
 

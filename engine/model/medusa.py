@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from engine.model.config import ModelConfig
 from engine.model.llama import LlamaDecoderLayer, LlamaModel, Rows
+from engine.model.quantize import QuantizedLinear
 
 HeadKind = Literal["resblock", "root"]
 """What a head sees: the last hidden state alone, or also the token chosen from it."""
@@ -68,8 +69,12 @@ class RootBlock(nn.Module):
 
     def forward(self, x: Tensor, root: Tensor) -> Tensor:
         """Hidden states and embeddings, both [..., hidden_size] -> the same."""
-        both = torch.cat((_normed(x), _normed(root)), dim=-1)
-        return x + self.fc2(self.act(self.fc1(both)))
+        return x + self.fc2(self.act(self.fc1(self.both(x, root))))
+
+    @staticmethod
+    def both(x: Tensor, root: Tensor) -> Tensor:
+        """What `fc1` takes: both inputs side by side."""
+        return torch.cat((_normed(x), _normed(root)), dim=-1)
 
 
 def _normed(x: Tensor) -> Tensor:
@@ -99,7 +104,9 @@ class MedusaLlamaForCausalLM(nn.Module):
         self.model = LlamaModel(config, layers, first=first, last=last)
         if not last:
             return
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Linear | QuantizedLinear = nn.Linear(
+            config.hidden_size, config.vocab_size, bias=False
+        )
         if first and config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         if heads.num_heads:
@@ -137,19 +144,21 @@ class MedusaLlamaForCausalLM(nn.Module):
         """
         blocks = list(self.medusa_head[head])[: self.heads.num_layers]  # type: ignore[call-overload]
         if self.heads.kind == "root":
-            hidden = blocks.pop(0)(hidden, self._embed_root(roots))
+            hidden = blocks.pop(0)(hidden, self.embed_root(roots))
         for block in blocks:
             hidden = block(hidden)
         return hidden
 
-    def _embed_root(self, tokens: Tensor) -> Tensor:
+    def embed_root(self, tokens: Tensor) -> Tensor:
         """Embeddings [n, hidden_size], through which no gradient flows."""
         if hasattr(self, "root_embedding"):
             weight = self.root_embedding.weight
-        elif self.config.tie_word_embeddings:
-            weight = self.lm_head.weight
-        else:
+        elif hasattr(self.model, "embed_tokens"):
             weight = self.model.embed_tokens.weight
+        else:
+            if isinstance(self.lm_head, QuantizedLinear):  # a tied one, as below
+                return self.lm_head.rows(tokens).to(self.model.norm.weight.dtype)
+            weight = self.lm_head.weight
         return F.embedding(tokens, weight.detach())
 
     def head_logits(self, hidden: Tensor, roots: Tensor) -> Tensor:

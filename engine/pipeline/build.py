@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from engine.checkpoint.head_choices import read_choices
+from engine.checkpoint.head_choices import best_choices, read_acceptance
 from engine.checkpoint.load import load_weights
 from engine.checkpoint.preflight import find_heads, preflight
 from engine.config import JupiterConfig
+from engine.decoding.acceptance import Acceptance
 from engine.decoding.tree import Tree, choose_tree
+from engine.decoding.tuner import Drafting, FixedTree, TreeTuner
 from engine.errors import ConfigError
+from engine.kernels.build import NoKernelsError
+from engine.kernels.forward import NativeForward
 from engine.model.config import ModelConfig
 from engine.model.medusa import NO_HEADS, HeadShape, MedusaLlamaForCausalLM, fuse_projections
+from engine.model.quantize import quantize_model
 from engine.pipeline.batch import Entry, Judge
 from engine.pipeline.stage import Stage
 
@@ -30,8 +36,22 @@ class Plan:
     heads: HeadShape
     heads_path: Path | None
     tree: Tree
+    """The draft tree; where it is tuned, one as large as it may get."""
+    acceptance: Acceptance | None
+    """Counts stored beside the heads."""
     context_length: int
     dtype: torch.dtype
+
+    @property
+    def tuned(self) -> bool:
+        """The tree follows what is measured."""
+        return self.config.medusa_choices == "auto" and self.heads.num_heads > 0
+
+    def drafting(self) -> Drafting:
+        """Where rank 0 has its trees from: a new tuner, or the tree that the config names."""
+        if self.tuned:
+            return TreeTuner(self.heads.num_heads, self.acceptance)
+        return FixedTree(self.tree)
 
     def layers(self, rank: int) -> range:
         """The decoder layers of a stage, by their numbers in the whole model."""
@@ -47,7 +67,7 @@ def make_plan(config: JupiterConfig, folder: Path) -> Plan:
     """
     model = preflight(config, folder)
     found = find_heads(config, folder)
-    heads, heads_path = NO_HEADS, None
+    heads, heads_path, acceptance = NO_HEADS, None, None
     if found is not None:
         heads_path, spec = found
         heads = HeadShape(
@@ -58,6 +78,7 @@ def make_plan(config: JupiterConfig, folder: Path) -> Plan:
             spec.kind,
             spec.inner_size,
         )
+        acceptance = read_acceptance(heads_path)
     return Plan(
         config=config,
         folder=folder,
@@ -67,8 +88,9 @@ def make_plan(config: JupiterConfig, folder: Path) -> Plan:
         tree=choose_tree(
             config.medusa_choices,
             heads.num_heads,
-            read_choices(heads_path) if heads_path is not None else None,
+            best_choices(acceptance) if acceptance else None,
         ),
+        acceptance=acceptance,
         context_length=min(config.max_kv_cache_length, model.context_limit),
         dtype=getattr(torch, config.torch_dtype),
     )
@@ -113,6 +135,8 @@ def build_stage(
     )
     model.eval().requires_grad_(False)
     fuse_projections(model)
+    if plan.config.weight_bits is not None:
+        quantize_model(model, plan.config.weight_bits, device)
     stage = Stage(
         model,
         first=first,
@@ -120,9 +144,27 @@ def build_stage(
         context_length=plan.context_length,
         dtype=plan.dtype,
         device=device,
+        forward=_native(model, plan, device),
     )
     _warm_up(stage, plan.model.hidden_size)
     return stage
+
+
+def _native(
+    model: MedusaLlamaForCausalLM, plan: Plan, device: torch.device
+) -> NativeForward | None:
+    """The compiled kernels for an int8 stage on a CPU, where this machine can have them."""
+    if plan.config.weight_bits != 8 or device.type != "cpu" or plan.dtype != torch.float32:
+        return None
+    threads = torch.get_num_threads()
+    try:
+        native = NativeForward(model, threads)
+    except NoKernelsError as error:
+        print(f"compiled kernels are not used: {error}", file=sys.stderr)
+        return None
+    # What is left for torch is small: waking its threads would take longer than the work.
+    torch.set_num_threads(1)
+    return native
 
 
 def _warm_up(stage: Stage, hidden_size: int) -> None:

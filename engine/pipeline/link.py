@@ -23,6 +23,8 @@ class Kind(IntEnum):
     TICK = 3
     """Goes round all stages when there is nothing else, so that no receive times out."""
     STOP = 4
+    BEGIN = 5
+    """Goes round once: what came before was no request's."""
 
 
 class Link:

@@ -10,11 +10,13 @@ from typing import Any
 import torch.distributed as dist
 
 from engine.checkpoint.tokenizer import ensure_tokenizer
+from engine.decoding.tuner import TreeTuner
 from engine.errors import StageLostError
 from engine.pipeline.build import Plan
 from engine.pipeline.group import tick_seconds
 from engine.pipeline.link import Kind, Link
 from engine.pipeline.meter import StageMeter
+from engine.pipeline.rehearsal import rehearse
 from engine.pipeline.scheduler import Arrived, LinkDown, Scheduler
 from engine.pipeline.stage import Stage, serve
 from engine.pipeline.telemetry import TelemetrySender
@@ -36,7 +38,6 @@ def run_rank(
     Raises StageLostError when a neighbour is gone.
     """
     world = plan.config.world_size
-    stage.meter = StageMeter()  # what came before, such as warming up, is not of the run
     link = None
     if world > 1:
         link = Link(
@@ -44,18 +45,25 @@ def run_rank(
             dtype=plan.dtype,
             device=stage.device,
             nccl=dist.get_backend() == "nccl",
-            meter=stage.meter,
         )
     try:
-        with TelemetrySender(stage, len(plan.layers(rank)), emit):
-            if link is not None and rank > 0:
-                serve(stage, link, rank, world)
-            else:
-                _run_first(plan, stage, link, inbox, emit)
+        if link is not None and rank > 0:
+            _run_other(plan, stage, link, rank, emit)
+        else:
+            _run_first(plan, stage, link, inbox, emit)
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
         raise StageLostError(f"rank {rank} lost a neighbour: {_first_line(error)}") from error
+
+
+def _run_other(
+    plan: Plan, stage: Stage, link: Link, rank: int, emit: Callable[[Event], None]
+) -> None:
+    world = plan.config.world_size
+    if serve(stage, link, rank, world) is Kind.BEGIN:
+        with _measured(plan, stage, link, rank, emit):
+            serve(stage, link, rank, world)
 
 
 def _run_first(
@@ -66,28 +74,44 @@ def _run_first(
     emit: Callable[[Event], None],
 ) -> None:
     codec = load_codec(plan)
+    last = plan.config.world_size - 1
+    drafting = plan.drafting()
+    if isinstance(drafting, TreeTuner):
+        context, largest = plan.context_length, drafting.largest().size
+        costs = rehearse(stage, link, last, context_length=context, largest=largest)
+        drafting.begin(*costs)
     if link is not None:
-        link.send(1, Kind.TICK)
-        link.receive(plan.config.world_size - 1)
+        link.send(1, Kind.BEGIN)
+        link.receive(last)
         threading.Thread(
-            target=_receive_results,
-            args=(link, plan.config.world_size - 1, inbox),
-            name="jupiter-results",
-            daemon=True,
+            target=_receive_results, args=(link, last, inbox), name="jupiter-results", daemon=True
         ).start()
-    scheduler = Scheduler(
-        stage,
-        link,
-        codec,
-        plan.config,
-        plan.tree,
-        context_length=plan.context_length,
-        inbox=inbox,
-        emit=emit,
-        tick_s=tick_seconds(plan.config),
-    )
-    emit(_ready(plan, stage, codec))
-    scheduler.run()
+    with _measured(plan, stage, link, 0, emit):
+        scheduler = Scheduler(
+            stage,
+            link,
+            codec,
+            plan.config,
+            drafting,
+            context_length=plan.context_length,
+            inbox=inbox,
+            emit=emit,
+            tick_s=tick_seconds(plan.config),
+        )
+        emit(_ready(plan, stage, codec, drafting.tree.size))
+        if (news := drafting.news()) is not None:
+            emit(news)
+        scheduler.run()
+
+
+def _measured(
+    plan: Plan, stage: Stage, link: Link | None, rank: int, emit: Callable[[Event], None]
+) -> TelemetrySender:
+    """Sends figures while it is open; what came before, such as warming up, is not of the run."""
+    stage.meter = StageMeter()
+    if link is not None:
+        link.meter = stage.meter
+    return TelemetrySender(stage, len(plan.layers(rank)), emit)
 
 
 def load_codec(plan: Plan) -> TextCodec:
@@ -95,14 +119,15 @@ def load_codec(plan: Plan) -> TextCodec:
     return TextCodec(plan.folder, ensure_tokenizer(plan.folder), plan.model.eos_token_id)
 
 
-def _ready(plan: Plan, stage: Stage, codec: TextCodec) -> EngineReady:
+def _ready(plan: Plan, stage: Stage, codec: TextCodec, tree_size: int) -> EngineReady:
     return EngineReady(
         model=model_name(plan.config.base_model_name_or_path),
         stages=tuple(plan.config.stage_num_hidden_layers_list),
         device=str(stage.device),
         dtype=plan.config.torch_dtype,
         medusa_num_heads=plan.heads.num_heads,
-        tree_size=plan.tree.size,
+        tree_size=tree_size,
+        tree_tuned=plan.tuned,
         context_length=plan.context_length,
         has_chat_template=codec.has_chat_template,
     )

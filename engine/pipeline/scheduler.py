@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import JupiterConfig
-from engine.decoding.tree import Tree
+from engine.decoding.tree import ROOT_ONLY, Tree
+from engine.decoding.tuner import Drafting
 from engine.errors import PromptError, StageLostError
 from engine.pipeline.batch import Entry, Judge, Result, decode_results, encode_batch
 from engine.pipeline.link import Kind, Link
 from engine.pipeline.rule import accept_rule
-from engine.pipeline.sequence import Limits, Sequence
+from engine.pipeline.sequence import Limits, Sequence, never_started
 from engine.pipeline.slots import SlotTable
 from engine.pipeline.stage import Stage
 from engine.pipeline.tracing import step_trace
@@ -29,9 +30,7 @@ from engine.protocol import (
     Cancel,
     Event,
     Failed,
-    Finished,
     Generate,
-    Metrics,
     Shutdown,
     StepTrace,
     Tokens,
@@ -65,6 +64,11 @@ class LinkDown:
 class _Flight:
     entries: list[Entry]
     sequences: list[Sequence]
+    tree: Tree | None = None
+    """Of a decode step."""
+    began: float = 0.0
+    alone: bool = True
+    """No other flight was under way meanwhile."""
 
 
 class Scheduler:
@@ -79,14 +83,15 @@ class Scheduler:
         link: Link | None,
         codec: TextCodec,
         config: JupiterConfig,
-        tree: Tree,
+        drafting: Drafting,
         *,
         context_length: int,
         inbox: queue.SimpleQueue[Any],
         emit: Callable[[Event], None],
         tick_s: float,
     ) -> None:
-        self.stage, self.link, self.codec, self.config, self.tree = stage, link, codec, config, tree
+        self.stage, self.link, self.codec, self.config = stage, link, codec, config
+        self.drafting = drafting
         self.context_length = context_length
         self.inbox, self.emit, self.tick_s = inbox, emit, tick_s
         self.slots = SlotTable(config.max_num_seqs)
@@ -175,7 +180,7 @@ class Scheduler:
         for waiting in self.waiting:
             if waiting[0].request_id == request_id:
                 self.waiting.remove(waiting)
-                self.emit(_never_started(request_id))
+                self.emit(never_started(request_id))
                 return
 
     # --- admission -------------------------------------------------------------------------
@@ -264,7 +269,8 @@ class Scheduler:
             return self._prefill(prefill)
         self.prefill_next = True
         if decode:
-            return _Flight([self._decode_entry(s) for s in decode], decode)
+            tree = self.drafting.step(len(decode))
+            return _Flight([self._decode_entry(s, tree) for s in decode], decode, tree)
         return None
 
     def _prefill(self, sequences: list[Sequence]) -> _Flight:
@@ -284,8 +290,9 @@ class Scheduler:
             flight.sequences.append(sequence)
         return flight
 
-    def _decode_entry(self, sequence: Sequence) -> Entry:
-        tree = self.tree
+    def _decode_entry(self, sequence: Sequence, tree: Tree) -> Entry:
+        # Nothing was drafted for it while another tree was in use.
+        sequence.tree = tree = tree if sequence.candidates else ROOT_ONLY
         tokens = tree.tokens(sequence.tokens[-1], sequence.candidates)
         entry = self._entry(sequence, tokens, tree.parents)
         entry.judge = Judge.TREE
@@ -301,7 +308,7 @@ class Scheduler:
             judge=Judge.NONE,
             keep=sequence.keep,
             keep_to=sequence.keep_to,
-            draft_width=self.tree.width if self.tree.depth else 0,
+            draft_width=self.drafting.width,
             rule=sequence.rule,
         )
         sequence.keep = []
@@ -309,6 +316,9 @@ class Scheduler:
 
     def _dispatch(self, flight: _Flight) -> None:
         self.resting = False
+        flight.began = time.perf_counter()
+        for other in self.flights:
+            other.alone = flight.alone = False
         hidden = self.stage.run(flight.entries, None)
         if self.link is None:
             self._land(flight, self.stage.judge(flight.entries, hidden))
@@ -328,13 +338,22 @@ class Scheduler:
             sequence.in_flight = False
             if sequence.finish_reason is None:
                 self._advance(sequence, entry, result)
+        if flight.tree is not None and flight.alone:
+            self.drafting.timed(
+                sum(len(entry.tokens) for entry in flight.entries),
+                time.perf_counter() - flight.began,
+                tree=flight.tree,
+                drafted=any(entry.draft_width for entry in flight.entries),
+            )
+        if (news := self.drafting.news()) is not None:
+            self.emit(news)
 
     def _advance(self, sequence: Sequence, entry: Entry, result: Result) -> None:
         tokens = [entry.tokens[node] for node in result.path[1:]] + [result.next_token]
-        sequence.candidates = result.candidates
+        drafted, sequence.candidates = sequence.candidates, result.candidates
         if entry.judge is Judge.TREE:
             start, length = entry.start, len(result.path)
-            sequence.count_step(self.tree, length)
+            sequence.count_step(length)
             sequence.fed = start + length
             # Rows that lie where they belong already need no move.
             moved = next((i for i, node in enumerate(result.path) if node != i), length)
@@ -343,6 +362,7 @@ class Scheduler:
         taken, pieces = sequence.take(tokens)
         if entry.judge is Judge.TREE:
             sequence.decode_tokens += len(taken)
+            self.drafting.observe(drafted, taken)
         trace = (step_trace(self.codec, entry, result, pieces),) if sequence.trace else ()
         self._show(sequence, taken, "".join(pieces), trace)
         if sequence.finish_reason is not None:
@@ -365,15 +385,3 @@ class Scheduler:
         sequence.release()
         self.running.remove(sequence)
         self.emit(sequence.finished())
-
-
-def _never_started(request_id: str) -> Finished:
-    return Finished(
-        request_id=request_id,
-        finish_reason="cancelled",
-        context_full=False,
-        prompt_tokens=0,
-        cached_tokens=0,
-        completion_tokens=0,
-        metrics=Metrics(),
-    )

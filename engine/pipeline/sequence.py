@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.decoding.accept import AcceptRule
-from engine.decoding.tree import Tree
+from engine.decoding.tree import ROOT_ONLY, Tree
 from engine.pipeline.slots import Slot
 from engine.protocol import Finished, FinishReason, Metrics, Started, Transcript
 from engine.text import TextStream
@@ -51,6 +51,8 @@ class Sequence:
     keep: list[int] = field(default_factory=list)
     keep_to: int = 0
     candidates: list[list[int]] = field(default_factory=list)
+    tree: Tree = ROOT_ONLY
+    """Of the decode step that is under way, or was last."""
     trace: bool = False
     """How each token came is sent along."""
     in_flight: bool = False
@@ -128,13 +130,13 @@ class Sequence:
             pieces[-1] += self.stream.flush()
         return taken, pieces
 
-    def count_step(self, tree: Tree, path_length: int) -> None:
+    def count_step(self, path_length: int) -> None:
         """Book one decode step: which head depths were proposed and which accepted."""
         self.decode_steps += 1
-        while len(self.proposed) < tree.depth:
+        while len(self.proposed) < self.tree.depth:
             self.proposed.append(0)
             self.accepted.append(0)
-        for depth in range(tree.depth):
+        for depth in range(self.tree.depth):
             self.proposed[depth] += 1
             self.accepted[depth] += path_length > depth + 1
 
@@ -192,3 +194,16 @@ class Sequence:
             proposed_per_head=tuple(self.proposed),
             accepted_per_head=tuple(self.accepted),
         )
+
+
+def never_started(request_id: str) -> Finished:
+    """The closing event of a request that was cancelled while it waited."""
+    return Finished(
+        request_id=request_id,
+        finish_reason="cancelled",
+        context_full=False,
+        prompt_tokens=0,
+        cached_tokens=0,
+        completion_tokens=0,
+        metrics=Metrics(),
+    )

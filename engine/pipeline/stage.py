@@ -17,11 +17,11 @@ from engine.pipeline.batch import (
     Entry,
     Judge,
     Result,
-    attention_rows,
     decode_batch,
     encode_results,
     row_slices,
 )
+from engine.pipeline.forward import Forward, ModuleForward
 from engine.pipeline.link import Kind, Link
 from engine.pipeline.meter import Activity, StageMeter
 
@@ -38,10 +38,12 @@ class Stage:
         context_length: int,
         dtype: torch.dtype,
         device: torch.device,
+        forward: Forward | None = None,
     ) -> None:
         self.model = model
         self.first, self.last = first, last
         self.dtype, self.device = dtype, device
+        self.forward = forward or ModuleForward(model, dtype, device)
         config = model.config
         self.store = KVStore(
             len(model.model.layers),
@@ -61,20 +63,12 @@ class Stage:
         from the entries' tokens); returns the hidden states of the same rows.
         """
         began = time.perf_counter()
-        config = self.model.config
         for entry in entries:
             cache, slot = self.store.find(entry.slot)
             cache.move(slot, entry.keep, entry.keep_to)
-        rows = attention_rows(
-            entries,
-            self.store,
-            groups=config.num_attention_heads // config.num_key_value_heads,
-            dtype=self.dtype,
-            device=self.device,
-        )
         if hidden is None:
             hidden = torch.tensor([t for e in entries for t in e.tokens], device=self.device)
-        out = self.model(hidden, rows)
+        out = self.forward.layers(hidden, entries, self.store)
         if self.device.type == "cuda":
             # A kernel runs on after its call: without this the link would be blamed for its time.
             torch.cuda.synchronize(self.device)
@@ -98,13 +92,13 @@ class Stage:
             picked.append(hidden[rows] if entry.judge is Judge.TREE else hidden[rows][-1:])
         if not judged:
             return []
-        logits = self.model.lm_head(torch.cat(picked)).float().split([len(p) for p in picked])
+        logits = self.forward.logits(torch.cat(picked)).split([len(p) for p in picked])
         results = [_result(e, scores) for e, scores in zip(judged, logits, strict=True)]
         width = max(entry.draft_width for entry in judged)
         if width:
             ends = [p[r.path[-1]] for p, r in zip(picked, results, strict=True)]
             roots = torch.tensor([result.next_token for result in results], device=self.device)
-            drafts = self.model.draft(torch.stack(ends), roots, width).tolist()
+            drafts = self.forward.draft(torch.stack(ends), roots, width).tolist()
             for entry, result, tokens in zip(judged, results, drafts, strict=True):
                 result.candidates = [head[: entry.draft_width] for head in tokens]
         seconds = time.perf_counter() - began
@@ -126,8 +120,11 @@ def _result(entry: Entry, logits: Tensor) -> Result:
     return Result(accepted.path, accepted.next_token, [])
 
 
-def serve(stage: Stage, link: Link, rank: int, world: int) -> None:
-    """The loop of every rank but the first: receive, compute, pass on, until told to stop."""
+def serve(stage: Stage, link: Link, rank: int, world: int) -> Kind:
+    """The loop of every rank but the first: receive, compute, pass on, until told otherwise.
+
+    Returns what has ended it, BEGIN or STOP.
+    """
     after = (rank + 1) % world
     until_next: Activity = "idle"
     while True:
@@ -148,4 +145,5 @@ def serve(stage: Stage, link: Link, rank: int, world: int) -> None:
             # Rank 0 may leave as soon as it has the message, before this side knows that it has.
             with suppress(RuntimeError):
                 link.flush()
-            return
+        if kind in (Kind.BEGIN, Kind.STOP):
+            return kind

@@ -1,7 +1,8 @@
 """Bytes that each stage of a split needs, from the shapes of its tensors.
 
 Weights and KV caches are exact: the loader refuses a tensor of another shape than the model's
-config tells, and a cache is one block of known shape. Activations are the tensors that are alive
+config tells, and a cache is one block of known shape. (Quantized weights are counted as a CPU has
+them; on CUDA torchao has its own forms.) Activations are the tensors that are alive
 at the widest point of the largest step, counted from the forward in engine/model/llama.py.
 """
 
@@ -18,9 +19,17 @@ from engine.checkpoint.preflight import find_heads
 from engine.config import JupiterConfig
 from engine.decoding.tree import MAX_NODES, choose_tree
 from engine.model.config import ModelConfig
+from engine.model.quantization import linear_bytes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Shapes = dict[str, tuple[int, ...]]
+# What is quantized as one product; see `fuse_projections`.
+FUSED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class StageSize:
     embedding: int = 0
     norm: int = 0
     lm_head: int = 0
-    """0 where it is the embedding of the same stage (tied weights, one stage)."""
+    """0 where it is the embedding of the same stage (tied weights, one stage, not quantized)."""
     heads: int = 0
     kv_per_sequence: int = 0
     activations: int = 0
@@ -70,7 +79,8 @@ class ModelSizes:
     heads: int
     num_heads: int
     tied: bool
-    """`lm_head` is the embedding; a stage that holds both has it once."""
+    """`lm_head` is the embedding; a stage that holds both has it once, unless it is quantized."""
+    quantized: bool
     root_heads: bool
     """The heads look up embeddings, so that the last stage needs them too."""
     kv_layer: int
@@ -83,7 +93,7 @@ class ModelSizes:
 
     def stages(self, split: Sequence[int]) -> list[StageSize]:
         """Each stage of `split`, the layers of which need not add up to the model's."""
-        found = []
+        found, shared = [], self.tied and not self.quantized
         for rank, count in enumerate(split):
             first, last = rank == 0, rank == len(split) - 1
             embedding = first or (last and self.root_heads and not self.tied)
@@ -99,7 +109,7 @@ class ModelSizes:
                     layers=count * self.layer,
                     embedding=self.embedding if embedding else 0,
                     norm=self.norm if last else 0,
-                    lm_head=self.lm_head if last and not (first and self.tied) else 0,
+                    lm_head=self.lm_head if last and not (first and shared) else 0,
                     heads=self.heads if last else 0,
                     kv_per_sequence=count * self.kv_layer,
                     activations=max(self.activations, self.judging if last else 0),
@@ -128,13 +138,16 @@ def read_sizes(folder: Path, config: JupiterConfig) -> ModelSizes:
     context = min(config.max_kv_cache_length, model.context_limit)
     return ModelSizes(
         num_layers=model.num_hidden_layers,
-        layer=_bytes(layer_shapes(model), item),
+        layer=_layer_bytes(model, item, config.weight_bits),
         embedding=model.vocab_size * model.hidden_size * item,
         norm=model.hidden_size * item,
-        lm_head=model.vocab_size * model.hidden_size * item,
-        heads=_bytes(head_shapes(spec), item) if spec else 0,
+        lm_head=_bytes(
+            {"lm_head.weight": (model.vocab_size, model.hidden_size)}, item, config.weight_bits
+        ),
+        heads=_bytes(head_shapes(spec), item, config.weight_bits) if spec else 0,
         num_heads=spec.num_heads if spec else 0,
         tied=model.tie_word_embeddings,
+        quantized=config.weight_bits is not None,
         root_heads=spec is not None and spec.kind == "root",
         kv_layer=2 * model.num_key_value_heads * (context + MAX_NODES) * model.head_dim * item,
         activations=max(
@@ -191,8 +204,29 @@ def head_shapes(spec: HeadSpec) -> Shapes:
     return shapes
 
 
-def _bytes(shapes: Shapes, item: int) -> int:
-    return item * sum(math.prod(shape) for shape in shapes.values())
+def _bytes(shapes: Shapes, item: int, bits: int | None = None) -> int:
+    """Of `lm_head`, or of heads; quantized linears among them have 8 bits, whatever `bits` says."""
+    if bits is None:
+        return item * sum(math.prod(shape) for shape in shapes.values())
+    return sum(
+        linear_bytes(*shape, bias=f"{name.removesuffix('weight')}bias" in shapes, bits=8)
+        for name, shape in shapes.items()
+        if len(shape) == 2
+    )
+
+
+def _layer_bytes(model: ModelConfig, item: int, bits: int | None) -> int:
+    """Weights of one decoder layer as a stage holds them."""
+    shapes = layer_shapes(model)
+    if bits is None:
+        return _bytes(shapes, item)
+    total = item * 2 * model.hidden_size  # the norms
+    for joined in FUSED:
+        (columns,) = {shapes[f"{name}.weight"][1] for name in joined}
+        rows = sum(shapes[f"{name}.weight"][0] for name in joined)
+        bias = f"{joined[0]}.bias" in shapes
+        total += linear_bytes(rows, columns, bias=bias, bits=bits)
+    return total
 
 
 def _forward_bytes(model: ModelConfig, rows: int, context: int, item: int) -> int:

@@ -30,7 +30,7 @@ class Medusa:
     medusa_num_layers: PositiveInt = arg(1, "blocks of each head")
     medusa_head_kind: Literal["resblock", "root"] = arg(
         "resblock",
-        "resblock: as in Medusa; root: the first block also sees the token that drafting starts from",
+        "resblock: as in Medusa; root: the first block also sees the token drafting starts from",
     )
     medusa_inner_size: PositiveInt | None = arg(
         None, "width inside the first block of root heads", shown="twice the model's `hidden_size`"
@@ -127,11 +127,11 @@ class EvalArguments:
     model: str | None = arg(None, "the base model", shown="the config's")
     medusa_head_path: str | None = arg(None, "the heads", shown="the config's")
     medusa_choices: str | None = arg(
-        None, "the draft tree: mc_16, mc_63 or JSON paths", shown="the config's"
+        None, "the draft tree: auto, mc_16, mc_63 or JSON paths", shown="the config's"
     )
     limit: PositiveInt | None = arg(None, "only the first so many rows", shown="all")
     max_new_tokens: PositiveInt = arg(128, "most tokens of an answer")
     json: str | None = arg(None, "file for the figures as JSON", shown="none")
-    calibrate: bool = arg(False, "store the best trees of these answers beside the heads")
+    calibrate: bool = arg(False, "store how often they are right beside the heads, for trees")
     system: str | None = arg(None, "system message of the rows that have none")
     seed: Count = arg(42, "of drawing rows and of sampling")

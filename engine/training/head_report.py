@@ -19,11 +19,12 @@ from typing import Any
 import msgspec
 import torch
 
-from engine.checkpoint.head_choices import write_choices
+from engine.checkpoint.head_choices import best_choices, write_acceptance
 from engine.checkpoint.sources import fetch
 from engine.client import EngineClient
 from engine.config import JupiterConfig, load_config
-from engine.decoding.calibrate import MISS, best_choices, tokens_per_step
+from engine.decoding.acceptance import CANDIDATES, Acceptance, count
+from engine.decoding.calibrate import MISS, tokens_per_step
 from engine.errors import ConfigError, EngineError, ExitCode
 from engine.model.config import ModelConfig
 from engine.model.llama import Rows, Segment
@@ -34,8 +35,6 @@ from engine.protocol import Failed, Finished, Message, SamplingParams, Tokens
 from engine.training.args_medusa import EvalArguments
 from engine.training.rows import Row, read_split, with_system
 
-CANDIDATES = 10
-TREES = (16, 63)
 PUBLISHED = (0.560, 0.316, 0.201, 0.147, 0.118)
 """Top-1 accuracy of the 7B heads in Medusa's own table."""
 
@@ -64,13 +63,14 @@ def run(args: EvalArguments) -> int:
         raise ConfigError("there are no heads to evaluate; name them with --medusa_head_path")
     greedy, typical = asyncio.run(_answer(config, prompts, args))
     ranks = answer_ranks(plan, prompts, greedy.tokens)
-    figures = summarize(plan, greedy, typical, ranks)
+    acceptance = acceptance_of(ranks, plan.heads.num_heads)
+    figures = summarize(plan, greedy, typical, ranks, acceptance)
     print(table(figures))
     print(json.dumps(figures))
     if args.json is not None:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if args.calibrate and plan.heads_path is not None:
-        _say(f"{write_choices(plan.heads_path, figures['best_choices'])}: best trees stored")
+        _say(f"{write_acceptance(plan.heads_path, acceptance)}: acceptance stored")
     return ExitCode.OK
 
 
@@ -184,8 +184,24 @@ def _ranks(
     return ranks.tolist()
 
 
+def acceptance_of(ranks: Sequence[Sequence[Sequence[int]]], num_heads: int) -> Acceptance:
+    """Counts over all answers; what a head drafts for behind an answer's end does not count."""
+    return count(
+        (
+            position[: len(positions) - at]
+            for positions in ranks
+            for at, position in enumerate(positions)
+        ),
+        num_heads,
+    )
+
+
 def summarize(
-    plan: Plan, greedy: Answers, typical: Answers, ranks: list[list[list[int]]]
+    plan: Plan,
+    greedy: Answers,
+    typical: Answers,
+    ranks: list[list[list[int]]],
+    acceptance: Acceptance,
 ) -> dict[str, Any]:
     """The report as plain values; accuracies are shares of the positions with a true token."""
     heads = plan.heads.num_heads
@@ -200,8 +216,7 @@ def summarize(
                 totals[head] += 1
                 if rank != MISS:
                     hits[head][rank] += 1
-    everywhere = [position for positions in ranks for position in positions]
-    best = {f"mc_{n}": best_choices(everywhere, n) for n in TREES}
+    best = best_choices(acceptance)
     return {
         "report": "medusa_heads",
         "model": plan.config.base_model_name_or_path,
@@ -212,7 +227,7 @@ def summarize(
             [sum(row[: k + 1]) / total if total else None for k in range(CANDIDATES)]
             for row, total in zip(hits, totals, strict=True)
         ],
-        "tree_size": plan.tree.size,
+        "tree_size": None if plan.tuned else plan.tree.size,
         "tokens_per_step": {
             "greedy": greedy.mean_accepted_len,
             "typical": typical.mean_accepted_len,
@@ -243,7 +258,9 @@ def table(figures: dict[str, Any]) -> str:
         lines.append(f"{head + 1:<6} {cells}  {published}")
     step = figures["tokens_per_step"]
     rules = f"{_shown(step['greedy'])} greedy, {_shown(step['typical'])} typical"
-    lines += ["", f"tree of {figures['tree_size']} nodes: tokens per step {rules}"]
+    size = figures["tree_size"]
+    tree = "tuned tree" if size is None else f"tree of {size} nodes"
+    lines += ["", f"{tree}: tokens per step {rules}"]
     for name, value in figures["best_choices_tokens_per_step"].items():
         lines.append(f"best {name} of these answers: {_shown(value)} greedy, if run")
     return "\n".join(lines)

@@ -120,6 +120,7 @@ def build(
     load_weights(model, folder, None, dtype=dtype, device=device)
     if modules is not None:
         model.medusa_head = modules.to_empty(device=device)
+        assert isinstance(model.lm_head, nn.Linear)
         begin_heads(model.medusa_head, heads, model.lm_head)
     return model.requires_grad_(False)
 

@@ -5,25 +5,34 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engine.checkpoint.head_choices import read_choices, write_choices
-from engine.decoding.calibrate import MISS, best_choices, tokens_per_step
+from engine.checkpoint.head_choices import (
+    best_choices,
+    read_acceptance,
+    read_choices,
+    write_acceptance,
+)
+from engine.decoding.acceptance import count
+from engine.decoding.calibrate import MISS, tokens_per_step
 from engine.decoding.tree import build_tree, choose_tree
 from engine.errors import CheckpointError
 
+POSITIONS = [[0, 0], [0, 0], [0, 1], [1, MISS], [MISS, 0]]
+
 
 def test_the_best_tree_is_the_most_frequent_paths() -> None:
-    positions = [[0, 0], [0, 0], [0, 1], [1, MISS], [MISS, 0]]
-    assert best_choices(positions, 3) == [[0], [0, 0], [1]]
+    assert count(POSITIONS, 2).paths == (((0,), 0.6), ((0, 0), 0.4), ((1,), 0.2), ((0, 1), 0.2))
 
 
 def test_every_best_tree_is_a_tree() -> None:
     dice = random.Random(0)
     positions = [[dice.choice([MISS, 0, 0, 1, 2]) for _ in range(5)] for _ in range(300)]
+    paths = [path for path, _ in count(positions, 5).paths]
     for nodes in (1, 4, 16, 63):
-        assert build_tree(best_choices(positions, nodes), 5).size == nodes + 1
+        assert build_tree(paths[:nodes], 5).size == nodes + 1
 
 
 def test_steps_follow_the_accepted_paths() -> None:
@@ -37,18 +46,33 @@ def test_an_answer_ends_where_it_ends() -> None:
     assert tokens_per_step([[[0, 0, 0]]], [[0], [0, 0], [0, 0, 0]]) == 1.0
 
 
-def test_trees_stored_beside_the_heads_go_before_the_presets(tmp_path: Path) -> None:
+def test_acceptance_stored_beside_the_heads_goes_before_the_presets(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"medusa_num_heads": 2}')
+    assert read_acceptance(tmp_path) is None
     assert read_choices(tmp_path) == {}
-    write_choices(tmp_path, {"mc_16": [[0], [0, 1]]})
+    counted = count(POSITIONS, 2)
+    write_acceptance(tmp_path, counted)
     assert json.loads((tmp_path / "config.json").read_text())["medusa_num_heads"] == 2
-    own = read_choices(tmp_path / "medusa_lm_head.safetensors")
-    assert choose_tree("mc_16", 2, own).ranks == (0, 0, 1)
-    assert choose_tree("auto", 2, own).size == 3
-    assert choose_tree("mc_63", 2, own) == choose_tree("mc_63", 2)
+    assert read_acceptance(tmp_path / "medusa_lm_head.safetensors") == counted
+    own = read_choices(tmp_path)
+    assert own == best_choices(counted)
+    assert choose_tree("mc_16", 2, own).paths == ((0,), (1,), (0, 0), (0, 1))
 
 
-def test_broken_stored_trees_are_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"medusa_choices": {"mc_16": [0]}}')
-    with pytest.raises(CheckpointError, match=r"config\.json: key 'medusa_choices'"):
-        read_choices(tmp_path)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seen": "many"}, "Expected `array`"),
+        ({"hits": [[1.0] * 10]}, "seen and hits"),
+        ({"nodes": [[[0, 0], 3]]}, r"node \[0, 0\] must follow \[0\]"),
+        ({"nodes": [[[0], 3], [[0, 0], 4]]}, r"node \[0, 0\] must follow \[0\]"),
+        ({"nodes": [[[99], 3]]}, "Expected `int` <= 9"),
+    ],
+)
+def test_broken_stored_counts_are_named(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    good = {"seen": [5, 3], "hits": [[1] * 10, [1] * 10], "nodes": [[[0], 3]]}
+    (tmp_path / "config.json").write_text(json.dumps({"medusa_acceptance": {**good, **change}}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: key 'medusa_acceptance': {message}"):
+        read_acceptance(tmp_path)

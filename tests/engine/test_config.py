@@ -110,7 +110,7 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
         ({"medusa_choices": "mc_99"}, ["'medusa_choices'", "auto, mc_16, mc_63"]),
         ({"torch_dtype": "int8"}, ["'torch_dtype'", "float32, bfloat16, float16"]),
         ({"init_method": "127.0.0.1:5"}, ["'init_method'", "tcp"]),
-        ({"load_in_8bit": True}, ["'load_in_8bit'", "not available yet"]),
+        ({"load_in_8bit": True, "load_in_4bit": True}, ["'load_in_8bit'", "only one can be true"]),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_key(

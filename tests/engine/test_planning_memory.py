@@ -63,6 +63,19 @@ def test_weights_and_kv_are_those_of_the_built_stages(kind: str, split: list[int
         assert stage.store.nbytes == size.kv(5)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["llama", "linear_rope", "mistral", "qwen2"])
+def test_quantized_weights_are_those_of_the_built_stages(
+    tmp_path: Path, kind: str, bits: int
+) -> None:
+    folder, heads = tiny_folder(kind), tiny_heads(tmp_path / "heads", own_output=True)
+    values = {f"load_in_{bits}bit": True, "medusa_head_path": str(heads)}
+    for split in ([6], [2, 4]):
+        config = tiny_config(folder, split, **values)
+        sizes = [size.weights for size in stage_sizes(folder, config)]
+        assert sizes == [weights_bytes(stage) for stage in build(config, folder)]
+
+
 @pytest.mark.parametrize("own_output", [True, False])
 def test_heads_count_on_the_last_stage_and_as_many_as_are_used(
     tmp_path: Path, own_output: bool

@@ -54,6 +54,20 @@ def test_a_split_that_does_not_add_up_names_both_numbers_and_the_list() -> None:
         preflight(config(stage_num_hidden_layers_list=[1, 1]), tiny_folder("llama", 3))
 
 
+def test_quantizing_on_a_gpu_needs_torchao_and_for_four_bits_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tiny_folder("llama", 3)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"'load_in_8bit': on cuda .* torchao"):
+        preflight(config(load_in_8bit=True, device="cuda"), folder)
+    preflight(config(load_in_8bit=True, device="cpu"), folder)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match=r"'load_in_4bit': .* bfloat16, not float32"):
+        preflight(config(load_in_4bit=True, device="cuda:0"), folder)
+    preflight(config(load_in_4bit=True, device="cuda", torch_dtype="bfloat16"), folder)
+
+
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"4 stages are more than the 3 layers"):
         preflight(config(stage_num_hidden_layers_list=[1] * 4), tiny_folder("llama", 3))

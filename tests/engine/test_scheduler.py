@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from engine.config import JupiterConfig, parse_config
-from engine.decoding.tree import choose_tree
+from engine.decoding.tree import Tree, choose_tree
+from engine.decoding.tuner import SIZES, Drafting, FixedTree, TreeTuner
 from engine.model.config import ModelConfig
 from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, fuse_projections
 from engine.pipeline.rule import accept_rule
@@ -29,6 +30,7 @@ from engine.protocol import (
     Shutdown,
     Started,
     Tokens,
+    TreeChosen,
 )
 from engine.text import TextCodec
 from tests.tiny import reference, tiny_folder
@@ -40,7 +42,14 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24)
 class Engine:
     """A scheduler thread and its two queues."""
 
-    def __init__(self, heads: HeadShape, choices: Any = "mc_63", **config: Any) -> None:
+    def __init__(
+        self,
+        heads: HeadShape,
+        choices: Any = "mc_63",
+        *,
+        drafting: Drafting | None = None,
+        **config: Any,
+    ) -> None:
         values = {"base_model_name_or_path": "tiny", "stage_num_hidden_layers_list": [6], **config}
         self.config: JupiterConfig = parse_config(values, "test")
         folder = tiny_folder("llama")
@@ -61,12 +70,13 @@ class Engine:
         self.codec = TextCodec(folder, folder / "tokenizer.json", model_config.eos_token_id)
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.chosen: list[TreeChosen] = []
         self.scheduler = Scheduler(
             self.stage,
             None,
             self.codec,
             self.config,
-            choose_tree(choices, heads.num_heads),
+            drafting or FixedTree(choose_tree(choices, heads.num_heads)),
             context_length=CONTEXT,
             inbox=self.inbox,
             emit=self.events.put,
@@ -91,6 +101,9 @@ class Engine:
         pending = set(pending)
         while pending:
             event = self.events.get(timeout=30)
+            if isinstance(event, TreeChosen):
+                self.chosen.append(event)
+                continue
             found.setdefault(event.request_id, []).append(event)
             if isinstance(event, Finished | Failed):
                 pending.discard(event.request_id)
@@ -164,7 +177,7 @@ def test_figures_of_a_finished_request_are_consistent(engine: Engine) -> None:
     assert metrics.mean_accepted_len == pytest.approx(23 / metrics.decode_steps)
     assert metrics.ttft_s is not None
     assert metrics.ttft_s > 0
-    depth = engine.scheduler.tree.depth
+    depth = engine.scheduler.drafting.tree.depth
     assert metrics.proposed_per_head == (metrics.decode_steps,) * depth
     assert list(metrics.accepted_per_head) == sorted(metrics.accepted_per_head, reverse=True)
     if depth == 0:
@@ -194,8 +207,11 @@ def test_a_second_turn_prefills_only_what_is_new(plain: Engine) -> None:
     )
     # The answer's last token was never fed, so its row is new too.
     assert started.prompt_tokens - started.cached_tokens <= len(closing) + 1
-    decoded = events[-1].metrics.decode_steps * plain.scheduler.tree.size
-    assert plain.stage.meter.rows - rows_before == started.prompt_tokens - started.cached_tokens + decoded
+    decoded = events[-1].metrics.decode_steps * plain.scheduler.drafting.tree.size
+    assert (
+        plain.stage.meter.rows - rows_before
+        == started.prompt_tokens - started.cached_tokens + decoded
+    )
     fresh = Engine(NO_HEADS)
     alone = fresh.ask(Generate(request_id="2", messages=second, params=GREEDY))["2"]
     fresh.stop()
@@ -297,3 +313,101 @@ def test_a_request_that_names_top_p_gets_nucleus_sampling() -> None:
     nucleus = accept_rule(SamplingParams(top_p=0.5), config)
     greedy = accept_rule(SamplingParams(temperature=0, top_p=0.5), config)
     assert [typical.rule, nucleus.rule, greedy.rule] == [1, 2, 0]
+
+
+# --- the tuned tree -------------------------------------------------------------------------------
+
+
+class Restless(TreeTuner):
+    """Uses a tree of another size in every step."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__(num_heads)
+        self.used: list[int] = []
+
+    @property
+    def width(self) -> int:
+        """Not for every step: what was not drafted for must be decoded all the same."""
+        return 10 if len(self.used) % 5 else 0
+
+    def step(self, sequences: int) -> Tree:
+        trees = [tree for tree, _ in self.trees()]
+        self.tree = trees[(7 * len(self.used)) % len(trees)]
+        self.used.append(self.tree.size)
+        return self.tree
+
+
+@pytest.mark.parametrize("heads", [ECHO_HEADS, ROOT_HEADS], ids=["echo", "root"])
+def test_greedy_tokens_are_the_same_whatever_tree_each_step_uses(heads: HeadShape) -> None:
+    drafting = Restless(5)
+    engine = Engine(heads, drafting=drafting)
+    expected = [expected_greedy(engine.codec, text, 24) for text in PROMPTS]
+    alone = engine.ask(prompt("one", PROMPTS[0]))["one"]
+    events = engine.ask(*(prompt(str(i), text) for i, text in enumerate(PROMPTS)))
+    engine.stop()
+    assert tokens_of(alone) == expected[0]
+    assert [tokens_of(events[str(i)]) for i in range(len(PROMPTS))] == expected
+    assert set(drafting.used) == set(SIZES)
+
+
+def test_a_seeded_nucleus_answer_is_the_same_whatever_tree_each_step_uses() -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.95, seed=11, max_tokens=40)
+    answers = []
+    for drafting in (None, Restless(5)):
+        engine = Engine(ECHO_HEADS, drafting=drafting)
+        answers.append(tokens_of(engine.ask(prompt("a", PROMPTS[2], params))["a"]))
+        engine.stop()
+    assert answers[0] == answers[1]
+
+
+def test_a_tuner_gives_up_on_heads_that_are_never_right_and_says_so() -> None:
+    tuner = TreeTuner(5)
+    tuner.begin({1: 0.010, 64: 0.074}, undrafted=0.0095)
+    assert tuner.tree.size > 1
+    engine = Engine(RANDOM_HEADS, drafting=tuner)
+    # The costs of this tiny model are no matter here: only what its heads are right about is.
+    tuner.timed = lambda *args, **named: None  # type: ignore[method-assign]
+    params = SamplingParams(temperature=0, max_tokens=80)
+    events = engine.ask(prompt("a", PROMPTS[1], params), prompt("b", PROMPTS[2], params))
+    alone = engine.ask(prompt("c", PROMPTS[3], params))["c"]
+    rows = engine.stage.meter.rows
+    engine.stop()
+    assert tuner.tree.size == engine.chosen[-1].nodes == 1
+    assert engine.chosen[0].nodes > 1
+    assert [option.nodes for option in engine.chosen[-1].options] == list(SIZES)
+    done = alone[-1]
+    assert isinstance(done, Finished)
+    assert done.metrics.mean_accepted_len < 1.1
+    assert rows < 600
+    for name, index in (("a", 1), ("b", 2)):
+        assert tokens_of(events[name]) == expected_greedy(engine.codec, PROMPTS[index], 80)
+
+
+class Predicting(TreeTuner):
+    """Notes what it expected of each step that had candidates, and what the step made."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__(num_heads)
+        self.expected: float = 0
+        self.made = self.steps = 0
+
+    def observe(self, candidates: Sequence[Sequence[int]], tokens: Iterable[int]) -> None:
+        tokens = list(tokens)
+        self.steps += 1
+        self.expected += self.expected_tokens(self.tree)
+        self.made += len(tokens)
+        super().observe(candidates, tokens)
+
+
+def test_a_tuner_expects_of_its_tree_what_steps_then_make() -> None:
+    tuner = Predicting(5)
+    tuner.begin({1: 0.010, 64: 0.012}, undrafted=0.0095)
+    engine = Engine(ECHO_HEADS, drafting=tuner)
+    tuner.timed = lambda *args, **named: None  # type: ignore[method-assign]
+    params = SamplingParams(temperature=0, max_tokens=60)
+    for _ in range(2):  # learn, then be tried
+        tuner.expected = tuner.made = tuner.steps = 0
+        engine.ask(*(prompt(str(i), text, params) for i, text in enumerate(PROMPTS)))
+    engine.stop()
+    assert tuner.made > 1.5 * tuner.steps
+    assert tuner.expected == pytest.approx(tuner.made, rel=0.15)

@@ -69,7 +69,7 @@ def test_the_first_step_has_no_tree_and_each_later_tree_grows_from_the_token_bef
     before = first.next_text
     for step in decode:
         assert step.texts[0] == before
-        assert len(step.texts) == len(step.parents) == engine.scheduler.tree.size
+        assert len(step.texts) == len(step.parents) == engine.scheduler.drafting.tree.size
         assert [step.parents[node] for node in step.path] == [-1, *step.path[:-1]]
         before = step.next_text
 

@@ -12,7 +12,7 @@ def test_the_standard_presets_have_63_and_16_drafted_nodes() -> None:
     assert choose_tree("mc_63", 5).size == 64
     assert choose_tree("mc_16", 5).size == 17
     assert len(set(MC_63)) == 63
-    assert choose_tree("auto", 5) == choose_tree("mc_16", 5)
+    assert choose_tree("auto", 5) == choose_tree("mc_63", 5)  # as large as it may get
 
 
 def test_every_beginning_of_the_standard_list_is_a_tree() -> None:

@@ -25,6 +25,8 @@ from engine.protocol import (
     Started,
     Tokens,
     Transcript,
+    TreeChosen,
+    TreeOption,
 )
 from engine.request import RequestStream
 
@@ -42,6 +44,10 @@ READY = EngineReady(
     has_chat_template=True,
 )
 MEASURED = Metrics(ttft_s=0.214, tokens_per_s=24.53, mean_accepted_len=1.0)
+
+
+OPTIONS = (TreeOption(1, 1.0, 20.0), TreeOption(8, 1.83, 30.0), TreeOption(64, 2.1, 100.0))
+CHOSEN = TreeChosen(nodes=8, depth=3, sequences=1, chosen=OPTIONS[1], options=OPTIONS)
 
 
 class FakeClient:

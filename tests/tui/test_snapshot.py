@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.client import ClientState, Fetching, StateChanged
 from engine.protocol import PROTOCOL_VERSION, Event, EventEnvelope, StageState, StageTelemetry
-from tests.tui.fake_client import CONFIG, READY
+from tests.tui.fake_client import CHOSEN, CONFIG, READY
 from tui.snapshot import Snapshot, fold, short_name
 
 
@@ -33,6 +33,12 @@ def test_each_stage_is_followed_by_its_rank() -> None:
     snapshot = fold(launched(), event(loading, rank=1), now=11.0)
     assert snapshot.stages == {1: loading}
     assert launched().stages == {}
+
+
+def test_the_chosen_tree_is_that_of_this_launch() -> None:
+    snapshot = fold(fold(launched(), event(READY), now=11.0), event(CHOSEN), now=12.0)
+    assert snapshot.tree == CHOSEN
+    assert snapshot.launching(now=13.0).tree is None
 
 
 def test_a_fetch_tells_what_the_start_is_busy_with() -> None:

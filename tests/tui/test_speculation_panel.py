@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from textual.widgets import Static
 
 from engine.protocol import Metrics, StepTrace, Tokens
 from tests.tui.chat import Chat, open_chat
-from tests.tui.fake_client import READY
+from tests.tui.fake_client import CHOSEN, OPTIONS, READY
 from tests.tui.test_speculation import FIRST, NOTHING_ACCEPTED, STEP
 from tui.widgets.speculation import SpeculationPanel
 from tui.widgets.token_text import TokenText
@@ -32,6 +33,10 @@ def tokens_of(chat: Chat) -> TokenText:
 
 def panel_of(chat: Chat) -> SpeculationPanel:
     return chat.screen.query_one(SpeculationPanel)
+
+
+def panel_text(chat: Chat) -> str:
+    return str(panel_of(chat).query_one("#acceptance", Static).content)
 
 
 async def watch_an_answer(chat: Chat) -> None:
@@ -166,6 +171,22 @@ async def test_an_engine_without_heads_is_said_to_have_none() -> None:
         send(chat, FIRST)
         await chat.shows("step 1/1: the first token")
         assert "head 1" not in chat.shown()
+
+
+async def test_a_tuned_tree_is_told_with_the_speeds_it_was_weighed_by() -> None:
+    tuned = msgspec.structs.replace(WITH_HEADS, tree_tuned=True)
+    async with open_chat(size=WIDE) as chat:
+        chat.client.get_ready(tuned)
+        await chat.shows("5 heads, tuned tree")
+        await chat.pilot.press("ctrl+s")
+        await chat.until(lambda: panel_of(chat).display)
+        assert "tok/s" not in panel_text(chat)
+        chat.client.event(CHOSEN)
+        await chat.shows("8 nodes, 1.83 tokens in 30 ms")
+        await chat.shows("1:50 8:61 64:21")
+        plain = msgspec.structs.replace(CHOSEN, nodes=1, depth=0, chosen=OPTIONS[0])
+        chat.client.event(plain)
+        await chat.shows("no drafts, 1.00 tokens in 20 ms")
 
 
 async def test_a_long_answer_is_followed_until_the_cursor_is_moved_up() -> None:

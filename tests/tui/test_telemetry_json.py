@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.tui.fake_client import CHOSEN
 from tests.tui.test_telemetry import Engine, sample
 from tui import cli
 from tui.telemetry_json import as_json
@@ -42,6 +43,17 @@ def test_what_was_not_measured_is_null_and_never_zero() -> None:
         assert stage["contact"] == "waiting"
         known = {key for key, value in stage.items() if value is not None}
         assert known == {"rank", "first_layer", "layers", "phase", "contact"}
+
+
+def test_the_tuned_tree_is_told_with_what_it_was_weighed_against() -> None:
+    engine = Engine()
+    engine.ready()
+    assert as_json(engine.store.view(), time_unix_s=1.0, elapsed_s=2.0)["tree"] is None
+    engine.event(CHOSEN)
+    tree = as_json(engine.store.view(), time_unix_s=1.0, elapsed_s=2.0)["tree"]
+    assert (tree["nodes"], tree["tokens_per_step"], tree["step_ms"]) == (8, 1.83, 30.0)
+    assert tree["tokens_per_s"] == pytest.approx(61.0)
+    assert [option["nodes"] for option in tree["options"]] == [1, 8, 64]
 
 
 def test_the_numbers_are_those_of_the_screen() -> None:

@@ -167,6 +167,7 @@ the conversation, and shows the draft tree of the step: ✓ accepted, ✗ reject
         self.query_one(TitleBar).snapshot = new
         self.query_one(StatusLine).split = new.split
         self.speculation.heads = new.ready.medusa_num_heads if new.ready else None
+        self.speculation.tuned = new.tree
         self.prompt.placeholder = ASK if new.phase == "ready" else ASK_EARLY
         if old is not None and old.launch not in (0, new.launch):
             self._launch, self._failure = LaunchCard(new), None

@@ -243,7 +243,8 @@ def side_by_side(before: Measured, after: Measured) -> Content:
 
 
 def _heads(measured: Measured) -> str:
-    return f"{measured.heads}, tree of {measured.tree_size}" if measured.heads else "none"
+    tree = "tuned tree" if measured.tree_size is None else f"tree of {measured.tree_size}"
+    return f"{measured.heads}, {tree}" if measured.heads else "none"
 
 
 def _two(value: float | None) -> str:

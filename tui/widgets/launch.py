@@ -61,11 +61,8 @@ def ready_line(snapshot: Snapshot) -> Content:
     """One line about a launch that succeeded."""
     ready = snapshot.ready
     assert ready is not None
-    heads = (
-        f"{ready.medusa_num_heads} heads, tree of {ready.tree_size}"
-        if ready.medusa_num_heads
-        else "no heads"
-    )
+    tree = "tuned tree" if ready.tree_tuned else f"tree of {ready.tree_size}"
+    heads = f"{ready.medusa_num_heads} heads, {tree}" if ready.medusa_num_heads else "no heads"
     facts = [
         f"ready in {metrics.seconds(snapshot.ready_after_s)}",
         f"{len(ready.stages)} stage{'s' if len(ready.stages) > 1 else ''}",

@@ -11,7 +11,7 @@ from textual.containers import Container, Vertical, VerticalScroll
 from textual.reactive import reactive
 from textual.widgets import Static
 
-from engine.protocol import Metrics, StepTrace
+from engine.protocol import Metrics, StepTrace, TreeChosen
 from tui.speculation import AnswerTrace, Speculation
 from tui.widgets.speculation_content import acceptance, tree
 from tui.widgets.token_text import TokenText
@@ -69,6 +69,8 @@ class SpeculationPanel(Container):
     on: reactive[bool] = reactive(False)
     heads: reactive[int | None] = reactive(None)
     """Medusa heads of the engine, None while there is none; what others drafted stays shown."""
+    tuned: reactive[TreeChosen | None] = reactive(None)
+    """What the engine's tuner chose last; None where the tree is fixed."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -165,6 +167,10 @@ class SpeculationPanel(Container):
         """Another engine: other lines."""
         self.show()
 
+    def watch_tuned(self) -> None:
+        """Another choice, or newer figures of it."""
+        self.show()
+
     def on_resize(self) -> None:
         """Fit the tree to the new width."""
         self.show()
@@ -174,7 +180,7 @@ class SpeculationPanel(Container):
         if not (self.is_mounted and self.on):
             return
         known = self.speculation
-        self._acceptance.update(acceptance(known.recent, known.whole, self.heads))
+        self._acceptance.update(acceptance(known.recent, known.whole, self.heads, self.tuned))
         width = self.query_one("#tree").scrollable_content_region.width
         self._tree.update(tree(*self._looked_at, width))
 

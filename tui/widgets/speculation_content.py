@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textual.content import Content
 
-from engine.protocol import StepTrace
+from engine.protocol import StepTrace, TreeChosen, TreeOption
 from tui import metrics
 from tui.speculation import (
     RECENT_STEPS,
@@ -22,13 +22,20 @@ from tui.widgets.token_text import head_style
 LABEL_CELLS = 9
 RECENT_CELLS = 19
 BAR_CELLS = 6
+WEIGHED = (1, 4, 8, 16, 64)
+"""Sizes of trees whose expected speed is shown; there is no room for all."""
 NOTHING_YET = "No step was traced yet: the answers from now on will show how each token came."
 LOOK = "others: click, or Shift+Tab"
 MARKS = {"root": "", "accepted": "✓", "next": "✓", "rejected": "✗"}
 
 
-def acceptance(recent: Acceptance, whole: Acceptance, heads: int | None) -> Content:
-    """The legend and the figures: one line per head, of the last steps and of all."""
+def acceptance(
+    recent: Acceptance, whole: Acceptance, heads: int | None, tuned: TreeChosen | None = None
+) -> Content:
+    """The legend and the figures: one line per head, of the last steps and of all.
+
+    Where the tree is tuned, also what it is now, and the speeds that it was weighed by.
+    """
     about_root = "the model: no heads" if heads == 0 else "the model itself"
     heads = max(heads or 0, len(whole.proposed))
     span = f"last {recent.steps} steps" if recent.steps else f"last {RECENT_STEPS} steps"
@@ -42,7 +49,29 @@ def acceptance(recent: Acceptance, whole: Acceptance, heads: int | None) -> Cont
             _tokens(whole),
         ),
     ]
+    if tuned is not None:
+        lines += _choice(tuned)
     return Content("\n").join(lines)
+
+
+def _choice(tuned: TreeChosen) -> list[Content]:
+    """The tree in use and what it promises, then tokens per second by the nodes of a tree."""
+    times = f"×{tuned.sequences}" if tuned.sequences > 1 else ""
+    what = "no drafts" if tuned.nodes == 1 else f"{tuned.nodes}{times} nodes"
+    promise = f", {tuned.chosen.tokens_per_step:.2f} tokens in {tuned.chosen.step_ms:.0f} ms"
+    weighed = [
+        f"{option.nodes}:{_speed(option, tuned.sequences):.0f}"
+        for option in tuned.options
+        if option.nodes in WEIGHED
+    ]
+    return [
+        Content.assemble(("tree".ljust(LABEL_CELLS), DIM), what, (promise, DIM)),
+        Content.assemble(("tok/s".ljust(LABEL_CELLS), DIM), (" ".join(weighed), DIM)),
+    ]
+
+
+def _speed(option: TreeOption, sequences: int) -> float:
+    return 1000.0 * sequences * option.tokens_per_step / option.step_ms
 
 
 def _row(label: str, recent: str, whole: str) -> str:

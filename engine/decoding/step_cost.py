@@ -1,0 +1,94 @@
+"""What a decode step costs by its rows: measured seconds, and what lies between them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Row counts that a cost is kept of; others lie between two of them."""
+GUESS_ROWS = 16.0
+"""Before anything is measured, so many rows are taken to cost twice as much as none."""
+TRUST = 0.25
+"""Of what a single step costs more or less than it should, so much is believed."""
+PACE_TRUST = 0.125
+
+
+class StepCost:
+    """The cost curve of this pipeline, relative, and the present pace.
+
+    A machine that is busy with something else, or a longer context, slows all steps alike; what a
+    choice between trees rests on is only how they compare. So steps of the tree in use set the
+    pace, and now and then a step of another size is compared with them.
+    """
+
+    def __init__(self) -> None:
+        self._cost = [1.0 + rows / GUESS_ROWS for rows in ROWS]
+        self._draft = 0.0
+        self._pace: float | None = None
+
+    def calibrate(self, measured: dict[int, float], *, undrafted: float) -> None:
+        """Begin from steps measured one by one.
+
+        Args:
+            measured: seconds of steps that ended with drafting, by their rows; of one row at least.
+            undrafted: seconds of a step of one row without.
+        """
+        first = min(measured)
+        self._draft = max(0.0, measured[first] - undrafted)
+        known = sorted((rows, max(s - self._draft, 1e-9)) for rows, s in measured.items())
+        self._cost = [_between(known, rows) for rows in ROWS]
+        self._pace = 1.0
+
+    def seconds(self, rows: int, *, drafted: bool) -> float:
+        """A step of so many rows, at the present pace; relative only before the first step."""
+        return (self._pace or 1.0) * self._relative(rows, drafted)
+
+    def learn(self, rows: int, seconds: float, *, drafted: bool) -> None:
+        """A step of the tree in use took so long."""
+        pace = seconds / self._relative(rows, drafted)
+        if self._pace is None:
+            self._pace = pace
+        else:
+            # A single step that was held up must not count for more than it can be.
+            pace = min(pace, 2.0 * self._pace)
+            self._pace += PACE_TRUST * (pace - self._pace)
+
+    def compare(self, rows: int, seconds: float, *, drafted: bool, in_use: int) -> None:
+        """A step of another size than the `in_use` rows took so long.
+
+        With the rows in use, it is the drafting that differed.
+        """
+        if self._pace is None:
+            return
+        expected = self._relative(rows, drafted)
+        error = TRUST * (min(seconds / self._pace, 2.0 * expected) - expected)
+        if rows == in_use:
+            self._draft = max(0.0, self._draft + (error if drafted else -error))
+            return
+        for at, share in _places(rows):
+            self._cost[at] = max(1e-9, self._cost[at] + share * error)
+
+    def _relative(self, rows: int, drafted: bool) -> float:
+        cost = sum(share * self._cost[at] for at, share in _places(rows))
+        return cost + (self._draft if drafted else 0.0)
+
+
+def _places(rows: int) -> list[tuple[int, float]]:
+    """The kept row counts around `rows`, each with its share; beyond the last, in proportion."""
+    if rows >= ROWS[-1]:
+        return [(len(ROWS) - 1, rows / ROWS[-1])]
+    at = bisect_left(ROWS, rows)
+    if ROWS[at] == rows:
+        return [(at, 1.0)]
+    right = (rows - ROWS[at - 1]) / (ROWS[at] - ROWS[at - 1])
+    return [(at - 1, 1.0 - right), (at, right)]
+
+
+def _between(known: list[tuple[int, float]], rows: int) -> float:
+    """Linear between the known points, level before the first, the last slope behind the last."""
+    if rows <= known[0][0] or len(known) == 1:
+        return known[0][1]
+    at = next((i for i, point in enumerate(known) if point[0] >= rows), len(known) - 1)
+    (left, low), (right, high) = known[at - 1], known[at]
+    slope = (high - low) / (right - left)
+    return low + (slope if rows <= right else max(0.0, slope)) * (rows - left)

@@ -1,0 +1,222 @@
+"""The tuned tree: the size and shape with the most expected tokens per second.
+
+What a tree of a size gains is known from how often the heads are right, what it costs from measured
+steps. Small sizes pay on a CPU, where every row is work; on a GPU 64 rows are nearly free. No
+drafting at all is one of the choices. What is emitted does not depend on the tree, but for typical
+acceptance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+from engine.decoding.acceptance import CANDIDATES, Acceptance, LiveAcceptance, guessed
+from engine.decoding.calibrate import Path
+from engine.decoding.step_cost import StepCost
+from engine.decoding.tree import ROOT_ONLY, Tree, build_tree
+from engine.protocol import TreeChosen, TreeOption
+
+SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Nodes of the trees to choose from, root included: few, so that shapes repeat."""
+DECIDE_EVERY = 16
+"""Steps between two decisions, as long as the number of sequences stays the same."""
+COMPARE_EVERY = 48
+"""Steps between two with another tree than that in use; its cost would not be known otherwise."""
+PLAIN_DRAFT_EVERY = 16
+"""Without drafting, steps between two that draft, to learn whether the heads are right by now."""
+ADVANTAGE = 1.03
+"""Another tree has to promise so much more than the one in use: estimates move all the time."""
+CALIBRATED_WEIGHT, GUESSED_WEIGHT = 32.0, 8.0
+"""Steps that a calibration, and a guess, count as much as."""
+
+
+class Drafting(Protocol):
+    """Where the scheduler has its trees from."""
+
+    tree: Tree
+    """In use, or to be used next."""
+
+    @property
+    def width(self) -> int:
+        """Candidates that the step put together now is to draft of each head; 0 for none."""
+
+    def step(self, sequences: int) -> Tree:
+        """The tree for a decode step of so many sequences, which is put together now."""
+
+    def observe(self, candidates: Sequence[Sequence[int]], tokens: Iterable[int]) -> None:
+        """After a step: what had been drafted for it, and the tokens that stand."""
+
+    def timed(self, rows: int, seconds: float, *, tree: Tree, drafted: bool) -> None:
+        """A decode step that was alone in the pipeline took so long, all its work included."""
+
+    def news(self) -> TreeChosen | None:
+        """What is to be told about the choice, once."""
+
+
+class FixedTree:
+    """A tree that the config names: nothing is learned."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.width = tree.width if tree.depth else 0
+
+    def step(self, sequences: int) -> Tree:
+        """Always the same."""
+        return self.tree
+
+    def observe(self, candidates: Sequence[Sequence[int]], tokens: Iterable[int]) -> None:
+        """Nothing."""
+
+    def timed(self, rows: int, seconds: float, *, tree: Tree, drafted: bool) -> None:
+        """Nothing."""
+
+    def news(self) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """What a tree promises for a number of sequences."""
+
+    tree: Tree
+    tokens: float
+    """Expected of a step, per sequence."""
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+class TreeTuner:
+    """Chooses the tree from live acceptance and measured costs; a `Drafting`.
+
+    Args:
+        num_heads: of the engine; one at least.
+        calibration: counts stored beside the heads; a guess where there are none.
+    """
+
+    def __init__(self, num_heads: int, calibration: Acceptance | None = None) -> None:
+        if calibration is not None and calibration.num_heads < num_heads:
+            calibration = None
+        start = calibration.first(num_heads) if calibration else guessed(num_heads)
+        weight = CALIBRATED_WEIGHT if calibration else GUESSED_WEIGHT
+        self._live = LiveAcceptance(start, weight=weight)
+        self.cost = StepCost()
+        self.tree = ROOT_ONLY
+        self._sequences = 1
+        self._steps = 0
+        self._turn = 0
+        self._news: TreeChosen | None = None
+        self._decide()
+
+    @property
+    def width(self) -> int:
+        """See Drafting. All candidates: those that the tree does not try are learned from too."""
+        wanted = self.tree.size > 1 or (self._steps + 1) % PLAIN_DRAFT_EVERY == 0
+        return CANDIDATES if wanted else 0
+
+    def largest(self) -> Tree:
+        """The largest tree that may be chosen."""
+        return self.trees()[-1][0]
+
+    def begin(self, measured: dict[int, float], undrafted: float) -> None:
+        """Choose freely from costs that were measured before the first request.
+
+        Args:
+            measured: seconds of steps with drafting, by the nodes of their tree.
+            undrafted: seconds of a step of one node without.
+        """
+        self.cost.calibrate(measured, undrafted=undrafted)
+        self.tree = ROOT_ONLY
+        self._decide()
+
+    def step(self, sequences: int) -> Tree:
+        """See Drafting: mostly the tree in use, sometimes another one, to know its cost."""
+        self._steps += 1
+        if sequences != self._sequences or self._steps % DECIDE_EVERY == 0:
+            self._sequences = sequences
+            self._decide()
+        every = COMPARE_EVERY if self.tree.size > 1 else PLAIN_DRAFT_EVERY
+        return self._other() if self._steps % every == 0 else self.tree
+
+    def observe(self, candidates: Sequence[Sequence[int]], tokens: Iterable[int]) -> None:
+        """See Drafting."""
+        self._live.observe(candidates, tokens)
+
+    def timed(self, rows: int, seconds: float, *, tree: Tree, drafted: bool) -> None:
+        """See Drafting."""
+        if tree is self.tree and drafted == (tree.size > 1):
+            self.cost.learn(rows, seconds, drafted=drafted)
+        else:
+            in_use = self._sequences * self.tree.size
+            self.cost.compare(rows, seconds, drafted=drafted, in_use=in_use)
+
+    def news(self) -> TreeChosen | None:
+        """See Drafting."""
+        news, self._news = self._news, None
+        return news
+
+    def _decide(self) -> None:
+        gains = [self._gain(*each) for each in self.trees()]
+        best = max(gains, key=_rate)
+        now = self._gain(self.tree, self.expected_tokens(self.tree))
+        if best.rate > ADVANTAGE * now.rate:
+            self.tree, now = best.tree, best
+        self._news = TreeChosen(
+            nodes=now.tree.size,
+            depth=now.tree.depth,
+            sequences=self._sequences,
+            chosen=_option(now),
+            options=tuple(_option(gain) for gain in gains),
+        )
+
+    def _gain(self, tree: Tree, tokens: float) -> _Gain:
+        rows = self._sequences * tree.size
+        return _Gain(tree, tokens, self.cost.seconds(rows, drafted=tree.size > 1))
+
+    def trees(self) -> list[tuple[Tree, float]]:
+        """The best tree of each size there is, with the tokens that a step is expected to make."""
+        paths = self._live.paths()
+        most = len(paths) + 1
+        sizes = [size for size in SIZES if size < most] + [min(most, SIZES[-1])]
+        found = []
+        for size in sizes:
+            taken = paths[: size - 1]
+            tree = _tree(tuple(path for path, _ in taken))
+            found.append((tree, 1.0 + sum(share for _, share in taken)))
+        return found
+
+    def expected_tokens(self, tree: Tree) -> float:
+        """What a step with the tree is expected to make now."""
+        shares = dict(self._live.paths())
+        return 1.0 + sum(shares.get(path, 0.0) for path in tree.paths)
+
+    def _other(self) -> Tree:
+        """By turns the most promising of the other trees, and one next in size to that in use."""
+        trees = [tree for tree, _ in self.trees()]
+        at = next((i for i, tree in enumerate(trees) if tree.size >= self.tree.size), 0)
+        if len(trees) < 2:
+            return self.tree
+        self._turn = (self._turn + 1) % 4
+        if self._turn % 2:
+            gains = [self._gain(*each) for each in self.trees()]
+            return max((gain for gain in gains if gain.tree.size != trees[at].size), key=_rate).tree
+        step = self._turn - 1
+        return trees[at + step if 0 <= at + step < len(trees) else at - step]
+
+
+def _rate(gain: _Gain) -> float:
+    return gain.rate
+
+
+@lru_cache(maxsize=64)
+def _tree(paths: tuple[Path, ...]) -> Tree:
+    return build_tree(paths, len(max(paths, key=len))) if paths else ROOT_ONLY
+
+
+def _option(gain: _Gain) -> TreeOption:
+    return TreeOption(gain.tree.size, gain.tokens, 1000.0 * gain.seconds)

@@ -1,0 +1,200 @@
+"""A stage's forward on the compiled kernels: the same results as the modules, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.decoding.tree import depths_of
+from engine.kernels.build import NoKernelsError
+from engine.kernels.native import (
+    COLS,
+    ROW,
+    Kernels,
+    NativeLayers,
+    PackedLayer,
+    PackedLinear,
+    interleave,
+    pack,
+)
+from engine.model.config import ModelConfig
+from engine.model.kv_cache import KVStore
+from engine.model.llama import LlamaDecoderLayer
+from engine.model.medusa import MedusaLlamaForCausalLM, RootBlock
+from engine.model.quantize import QuantizedLinear
+from engine.pipeline.batch import Entry
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+"""Sizes that `attend_any` of layers.cpp is compiled for."""
+
+
+class NativeForward:
+    """Runs the layers, `lm_head` and heads of a quantized stage on a CPU.
+
+    A row's values do not depend on the rows beside it, so greedy answers are the same with any
+    tree, split and batch.
+
+    Raises NoKernelsError where the kernels cannot be had.
+    """
+
+    def __init__(self, model: MedusaLlamaForCausalLM, threads: int) -> None:
+        config = model.config
+        if problem := _problem(config):
+            raise NoKernelsError(problem)
+        self._model, self._kernels = model, Kernels(threads)
+        layers = [_pack_layer(layer) for layer in model.model.layers]  # type: ignore[arg-type]
+        self._layers = NativeLayers(
+            self._kernels,
+            layers,
+            hidden=config.hidden_size,
+            inner=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+        )
+        self._half = config.head_dim // 2
+        if hasattr(model, "lm_head"):
+            self._lm_head = _pack(model.lm_head)
+            self._heads = _Heads(model, self._kernels, self._lm_head)
+
+    def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
+        """As MedusaLlamaForCausalLM.forward: tokens int64 [rows] or hidden states, to hidden."""
+        model = self._model
+        x = model.model.embed_tokens(x) if hasattr(model.model, "embed_tokens") else x.clone()
+        rows, seen, positions = _row_table(entries, store)
+        cosine, sine = model.model.rotary_emb(torch.from_numpy(positions), torch.float32)
+        cosine = cosine[:, 0, : self._half].contiguous()
+        sine = sine[:, 0, : self._half].contiguous()
+        self._layers.run(x, cosine, sine, rows, seen)
+        if not hasattr(model.model, "norm"):
+            return x
+        return self._kernels.norm(x, model.model.norm.weight, model.config.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [rows, vocab_size] of normed hidden states."""
+        out = self._kernels.linear(self._lm_head, hidden)
+        return out[:, : self._model.config.vocab_size]
+
+    def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
+        """As MedusaLlamaForCausalLM.draft."""
+        return self._heads.draft(hidden, roots, k)
+
+
+class _Heads:
+    """The Medusa heads; products at the same depth of all heads are one call."""
+
+    def __init__(
+        self, model: MedusaLlamaForCausalLM, kernels: Kernels, lm_head: PackedLinear
+    ) -> None:
+        self._model, self._kernels, self._lm_head = model, kernels, lm_head
+        self._packed: list[dict[str, list[PackedLinear]]] = []
+        for blocks in zip(*model.medusa_head, strict=True) if model.heads.num_heads else ():
+            if _is_linear(blocks[0]):
+                self._packed.append({"output": [_pack(block) for block in blocks]})
+                continue
+            names = [name for name, child in blocks[0].named_children() if _is_linear(child)]
+            self._packed.append(
+                {name: [_pack(getattr(block, name)) for block in blocks] for name in names}
+            )
+
+    def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
+        model, heads, run = self._model, self._model.heads, self._kernels.linears
+        width = hidden.shape[1]
+        x = hidden.expand(heads.num_heads, *hidden.shape)
+        for parts in self._packed:
+            if "fc1" in parts:
+                both = RootBlock.both(hidden, model.embed_root(roots))
+                inner = F.silu(run(parts["fc1"], both.expand(heads.num_heads, *both.shape)))
+                x = x + run(parts["fc2"], inner)[..., :width]
+            elif "linear" in parts:
+                x = x + F.silu(run(parts["linear"], x)[..., :width])
+            else:
+                x = run(parts["output"], x)[..., : heads.vocab_size]
+        if heads.vocab_size is None:
+            flat = self._kernels.linear(self._lm_head, x.flatten(0, 1))
+            x = flat[:, : model.config.vocab_size].view(heads.num_heads, len(hidden), -1)
+        best = x.topk(k, dim=-1).indices
+        if heads.token_map is not None:
+            best = torch.tensor(heads.token_map)[best]
+        return best.transpose(0, 1)
+
+
+def _problem(config: ModelConfig) -> str:
+    """Why a model of this shape cannot run on the kernels; "" where it can."""
+    if config.hidden_size % COLS or config.intermediate_size % COLS:
+        return f"widths of {config.hidden_size} and {config.intermediate_size} are not in 16s"
+    if config.head_dim not in HEAD_DIMS:
+        return f"head_dim {config.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+    return ""
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or isinstance(module, QuantizedLinear)
+
+
+def _pack(module: nn.Module) -> PackedLinear:
+    if isinstance(module, QuantizedLinear):
+        return pack(module.weight, module.scale, module.bias, module.passes)
+    assert isinstance(module, nn.Linear)
+    return pack(module.weight, None, module.bias)
+
+
+def _pack_layer(layer: LlamaDecoderLayer) -> PackedLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    assert attention.qkv_proj is not None and mlp.gate_up_proj is not None
+    both = mlp.gate_up_proj
+    weight = interleave(*both.weight.chunk(2))
+    bias = None if both.bias is None else interleave(*both.bias.chunk(2))
+    scale = interleave(*both.scale.chunk(2)) if isinstance(both, QuantizedLinear) else None
+    return PackedLayer(
+        layer.input_layernorm.weight,
+        layer.post_attention_layernorm.weight,
+        _pack(attention.qkv_proj),
+        _pack(attention.o_proj),
+        pack(weight, scale, bias),
+        _pack(mlp.down_proj),
+    )
+
+
+def _row_table(
+    entries: Sequence[Entry], store: KVStore
+) -> tuple[NDArray[np.void], NDArray[np.int32], NDArray[np.int64]]:
+    """Rows for `NativeLayers.run`, the rows they see, and positions int64 [rows]."""
+    tables, numbers, positions, first = [], [], [], 0
+    for entry in entries:
+        cache, slot = store.find(entry.slot)
+        seen, counts, depths = _step_shape(tuple(entry.parents))
+        table = np.zeros(len(counts), ROW)
+        layer, per_slot, head, _, _ = cache.k.stride()
+        table["k"] = cache.k.data_ptr() + slot * per_slot * 4
+        table["v"] = cache.v.data_ptr() + slot * per_slot * 4
+        table["layer"], table["head"] = layer, head
+        table["start"] = entry.start
+        table["place"] = entry.start + np.arange(len(counts))
+        table["seen"] = first + np.cumsum(counts) - counts
+        table["count"] = counts
+        tables.append(table)
+        numbers.append(seen)
+        positions.append(entry.start + depths)
+        first += len(seen)
+    return np.concatenate(tables), np.concatenate(numbers), np.concatenate(positions)
+
+
+@lru_cache(maxsize=256)
+def _step_shape(
+    parents: tuple[int, ...],
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+    """Of a tree: each node's line of ancestors with itself, how many these are, and depths."""
+    lines: list[list[int]] = []
+    for node, parent in enumerate(parents):
+        lines.append([*(lines[parent] if parent >= 0 else ()), node])
+    flat = np.fromiter((n for line in lines for n in line), np.int32)
+    counts = np.fromiter(map(len, lines), np.int32)
+    return flat, counts, np.fromiter(depths_of(parents), np.int64)

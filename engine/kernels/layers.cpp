@@ -1,0 +1,625 @@
+// Decoder layers of a Llama with int8 weights on a CPU, all of a stage in one call.
+//
+// A row's result never depends on the other rows of the call: integer products are exact, every
+// float sum runs in one fixed order, and threads share outputs or rows but never a sum. So a draft
+// tree, any split and any batch give bit for bit what a single row gives.
+//
+// Plain C interface, called through ctypes; see native.py for the layouts.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int kCols = 16;  // outputs of one vector
+constexpr int kRows = 12;  // rows that share one pass over a block of weights
+constexpr int kGroups = 64;  // most query heads that share a KV head
+
+struct Linear {
+  const void* weight;     // int8 [out/16][in/4][16][4], or float [out/16][in][16]
+  const float* scale;     // [out]; null for float weights
+  const int32_t* offset;  // [out]: -128 times the sum of the output's weights
+  const float* bias;      // [out], or null
+  int32_t in, out;        // padded to 16
+  int32_t passes;         // 2: the input is rounded twice, the second time what the first left over
+};
+
+struct Layer {
+  const float* input_norm;
+  const float* post_norm;
+  Linear qkv, o, gate_up, down;
+};
+
+struct Model {
+  int32_t hidden, inner, heads, kv_heads, head_dim;
+  float eps;
+};
+
+struct Row {
+  float* k;        // of the row's sequence, layer 0: [kv_heads][capacity][head_dim]
+  float* v;
+  int64_t layer;   // floats from one layer to the next
+  int64_t head;    // floats from one KV head to the next
+  int32_t start;   // KV rows that every row of the sequence's step sees
+  int32_t place;   // where this row's own keys and values go
+  int32_t seen;    // first of its numbers in `seen`
+  int32_t count;   // how many rows of this step it sees, itself included
+};
+
+// --- threads: woken once a call, spinning only between the phases of a layer -------------------
+
+class Pool {
+ public:
+  explicit Pool(int threads) : threads_(threads) {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+  }
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+      ++round_;
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+  template <class F>
+  void run(F work) {
+    auto call = [](void* data, int thread) { (*static_cast<F*>(data))(thread); };
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      call_ = call;
+      data_ = &work;
+      busy_ = threads_ - 1;
+      ++round_;
+    }
+    if (threads_ > 1) wake_.notify_all();
+    work(0);
+    for (int spins = 0; busy_.load(std::memory_order_acquire); ++spins) pause(spins);
+  }
+  void barrier() {
+    if (threads_ == 1) return;
+    const int turn = turn_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      turn_.store(turn + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) pause(spins);
+  }
+  int threads() const { return threads_; }
+
+ private:
+  static void pause(int spins) {
+    // Another process may have our core: do not burn its time for long.
+    if (spins < 4000) _mm_pause(); else std::this_thread::yield();
+  }
+  void serve(int thread) {
+    uint64_t seen = 0;
+    for (;;) {
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return round_ != seen; });
+        seen = round_;
+        if (stop_) return;
+      }
+      call_(data_, thread);
+      busy_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+  const int threads_;
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  uint64_t round_ = 0;
+  bool stop_ = false;
+  void (*call_)(void*, int) = nullptr;
+  void* data_ = nullptr;
+  std::atomic<int> busy_{0}, arrived_{0}, turn_{0};
+};
+
+struct Span {
+  int begin, end;  // of `count` things, those of one thread
+  Span(int count, int thread, int threads)
+      : begin(int(int64_t(count) * thread / threads)),
+        end(int(int64_t(count) * (thread + 1) / threads)) {}
+};
+
+// --- one row -----------------------------------------------------------------------------------
+
+inline float sum_of(__m512 v) { return _mm512_reduce_add_ps(v); }
+
+// x / rms(x) * weight; width is a multiple of 16.
+void rms_norm(const float* x, const float* weight, float eps, int width, float* out) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int i = 0; i < width; i += 16) {
+    const __m512 v = _mm512_loadu_ps(x + i);
+    sum = _mm512_fmadd_ps(v, v, sum);
+  }
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(sum_of(sum) / float(width) + eps));
+  for (int i = 0; i < width; i += 16) {
+    const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(v, _mm512_loadu_ps(weight + i)));
+  }
+}
+
+// Round to int8 with one scale for the row, stored with 128 added; returns the scale.
+// `rest`, where there is one, gets what rounding left over.
+float quantize(const float* x, int width, uint8_t* out, float* rest = nullptr) {
+  __m512 most = _mm512_setzero_ps();
+  for (int i = 0; i < width; i += 16)
+    most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+  const float amax = _mm512_reduce_max_ps(most);
+  const float scale = amax > 0.0f ? amax / 127.0f : 1.0f;
+  const __m512 inverse = _mm512_set1_ps(1.0f / scale);
+  const __m512i middle = _mm512_set1_epi32(128);
+  for (int i = 0; i < width; i += 16) {
+    const __m512 value = _mm512_loadu_ps(x + i);
+    const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
+    if (rest)
+      _mm512_storeu_ps(rest + i,
+                       _mm512_fnmadd_ps(_mm512_cvtepi32_ps(v), _mm512_set1_ps(scale), value));
+    const __m512i shifted = _mm512_add_epi32(v, middle);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtusepi32_epi8(shifted));
+  }
+  return scale;
+}
+
+inline __m512 exp_of(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                        5.0000001201e-1f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(r, r), p, r), _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+inline __m512 silu(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 low = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(87.0f));
+  return _mm512_div_ps(x, _mm512_add_ps(one, exp_of(low)));
+}
+
+// --- products ----------------------------------------------------------------------------------
+
+// sum + a . b; by hand because compilers copy the sums of the intrinsic back and forth.
+inline __m512i multiply_add(__m512i sum, __m512i a, __m512i b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+
+// R rows times C blocks of 16 outputs; `store(row, block, values)` takes the float results.
+template <int R, int C, class Store>
+void int8_block(const Linear& w, int block, const uint8_t* x, int stride, const float* scales,
+                int row, Store&& store) {
+  const int steps = w.in / 4;
+  const int8_t* weights = static_cast<const int8_t*>(w.weight) + int64_t(block) * w.in * kCols;
+  __m512i sums[R][C];
+  for (int c = 0; c < C; ++c) {
+    const __m512i offset = _mm512_loadu_si512(w.offset + (block + c) * kCols);
+    for (int r = 0; r < R; ++r) sums[r][c] = offset;
+  }
+  const int32_t* rows[R];
+  for (int r = 0; r < R; ++r)
+    rows[r] = reinterpret_cast<const int32_t*>(x + int64_t(row + r) * stride);
+  for (int k = 0; k < steps; ++k) {
+    __m512i part[C];
+    for (int c = 0; c < C; ++c)
+      _mm_prefetch(weights + (int64_t(c) * steps + k) * 64 + 2048, _MM_HINT_T0);
+    for (int c = 0; c < C; ++c)
+      part[c] = _mm512_loadu_si512(weights + (int64_t(c) * steps + k) * 64);
+    for (int r = 0; r < R; ++r) {
+      const __m512i four = _mm512_set1_epi32(rows[r][k]);
+      for (int c = 0; c < C; ++c) sums[r][c] = multiply_add(sums[r][c], four, part[c]);
+    }
+  }
+  for (int c = 0; c < C; ++c) {
+    const int first = (block + c) * kCols;
+    const __m512 scale = _mm512_loadu_ps(w.scale + first);
+    const __m512 bias = w.bias ? _mm512_loadu_ps(w.bias + first) : _mm512_setzero_ps();
+    for (int r = 0; r < R; ++r) {
+      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(scales[row + r]));
+      store(row + r, c, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][c]), both, bias));
+    }
+  }
+}
+
+template <int R, int C, class Store>
+void float_block(const Linear& w, int block, const float* x, int stride, int row, Store&& store) {
+  const float* weights = static_cast<const float*>(w.weight) + int64_t(block) * w.in * kCols;
+  __m512 sums[R][C];
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r)
+      sums[r][c] = w.bias ? _mm512_loadu_ps(w.bias + (block + c) * kCols) : _mm512_setzero_ps();
+  for (int k = 0; k < w.in; ++k)
+    for (int c = 0; c < C; ++c) {
+      const __m512 part = _mm512_loadu_ps(weights + (int64_t(c) * w.in + k) * kCols);
+      for (int r = 0; r < R; ++r)
+        sums[r][c] = _mm512_fmadd_ps(
+            _mm512_set1_ps(x[int64_t(row + r) * stride + k]), part, sums[r][c]);
+    }
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) store(row + r, c, sums[r][c]);
+}
+
+struct Input {
+  const float* values;      // [rows][stride]
+  const uint8_t* rounded;   // [passes * rows][stride]
+  const float* scales;      // [passes * rows]
+  int stride;
+};
+
+// Round some of `count` rows for `w`; `rest` has room for one row.
+void round_rows(const Linear& w, const float* x, Span mine, int count, uint8_t* rounded,
+                float* scales, float* rest) {
+  if (!w.scale) return;
+  const int64_t in = w.in;
+  for (int r = mine.begin; r < mine.end; ++r) {
+    const bool twice = w.passes == 2;
+    scales[r] = quantize(x + r * in, w.in, rounded + r * in, twice ? rest : nullptr);
+    if (twice) scales[count + r] = quantize(rest, w.in, rounded + (count + r) * in);
+  }
+}
+
+template <int R, int C, class Store>
+void one_block(const Linear& w, int block, const Input& in, int row, Store&& store) {
+  if (w.scale)
+    int8_block<R, C>(w, block, in.rounded, in.stride, in.scales, row, store);
+  else
+    float_block<R, C>(w, block, in.values, in.stride, row, store);
+}
+
+// All rows times C blocks: the weights come from memory once.
+template <int C, class Store>
+void all_rows(const Linear& w, int block, const Input& in, int rows, Store&& store) {
+  // Evenly: a last pass for a single row would cost as much as one for several.
+  const int passes = (rows + kRows - 1) / kRows;
+  for (int pass = 0; pass < passes; ++pass) {
+    const int row = rows * pass / passes;
+    switch (rows * (pass + 1) / passes - row) {
+      case 1: one_block<1, C>(w, block, in, row, store); break;
+      case 2: one_block<2, C>(w, block, in, row, store); break;
+      case 3: one_block<3, C>(w, block, in, row, store); break;
+      case 4: one_block<4, C>(w, block, in, row, store); break;
+      case 5: one_block<5, C>(w, block, in, row, store); break;
+      case 6: one_block<6, C>(w, block, in, row, store); break;
+      case 7: one_block<7, C>(w, block, in, row, store); break;
+      case 8: one_block<8, C>(w, block, in, row, store); break;
+      case 9: one_block<9, C>(w, block, in, row, store); break;
+      case 10: one_block<10, C>(w, block, in, row, store); break;
+      case 11: one_block<11, C>(w, block, in, row, store); break;
+      default: one_block<12, C>(w, block, in, row, store); break;
+    }
+  }
+}
+
+// out[row][col] = or += product; the thread's share of the outputs.
+template <bool Add>
+void product(const Linear& w, const Input& in, int rows, float* out, int stride, Span blocks) {
+  int block = blocks.begin;
+  const int all = w.scale ? rows * w.passes : rows;
+  auto put = [&](int at) {
+    return [=](int row, int c, __m512 v) {
+      // A row's second pass comes after its first, and adds to it.
+      const bool second = row >= rows;
+      float* place = out + int64_t(second ? row - rows : row) * stride + (at + c) * kCols;
+      if (Add || second) v = _mm512_add_ps(_mm512_loadu_ps(place), v);
+      _mm512_storeu_ps(place, v);
+    };
+  };
+  for (; block + 2 <= blocks.end; block += 2) all_rows<2>(w, block, in, all, put(block));
+  if (block < blocks.end) all_rows<1>(w, block, in, all, put(block));
+}
+
+// Blocks come in pairs, 16 gates and their 16 ups: out[row][col] = silu(gate) * up.
+void gated_product(const Linear& w, const Input& in, int rows, float* out, int stride, Span pairs) {
+  for (int pair = pairs.begin; pair < pairs.end; ++pair) {
+    all_rows<2>(w, 2 * pair, in, rows, [&](int row, int c, __m512 v) {
+      float* place = out + int64_t(row) * stride + pair * kCols;
+      v = c ? _mm512_mul_ps(silu(_mm512_loadu_ps(place)), v) : v;
+      _mm512_storeu_ps(place, v);
+    });
+  }
+}
+
+// --- attention ---------------------------------------------------------------------------------
+
+// The sums of 16 vectors, side by side: a tree of shuffles in place of 16 reductions.
+inline __m512 sums_of(const __m512* v) {
+  __m512 pairs[8], fours[4];
+  for (int i = 0; i < 8; ++i)
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                             _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  auto lanes = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return lanes(lanes(fours[0], fours[1]), lanes(fours[2], fours[3]));
+}
+
+void rotate(const float* x, const float* cosine, const float* sine, int width, float* out) {
+  const int half = width / 2;
+  for (int i = 0; i < half; ++i) {
+    out[i] = x[i] * cosine[i] - x[i + half] * sine[i];
+    out[i + half] = x[i + half] * cosine[i] + x[i] * sine[i];
+  }
+}
+
+// A query, its room for scores (all keys and 32 more), and where its result goes.
+struct Query {
+  const float* q;
+  float* scores;
+  float* out;
+  const Row* row;
+};
+
+// Scores against `count` keys; `key(i)` is where the i-th is. Keys are read once for Q queries.
+template <int Q, int PARTS, class Key>
+void score(const Query* queries, int first, int count, float scale, Key&& key) {
+  __m512 q[Q][PARTS];
+  for (int a = 0; a < Q; ++a)
+    for (int p = 0; p < PARTS; ++p) q[a][p] = _mm512_loadu_ps(queries[a].q + p * 16);
+  for (int i = 0; i < count; i += 16) {
+    const int here = std::min(16, count - i);
+    __m512 products[Q][16];
+    for (int n = 0; n < here; ++n) {
+      const float* other = key(i + n);
+      __m512 part = _mm512_loadu_ps(other);
+      for (int a = 0; a < Q; ++a) products[a][n] = _mm512_mul_ps(q[a][0], part);
+      for (int p = 1; p < PARTS; ++p) {
+        part = _mm512_loadu_ps(other + p * 16);
+        for (int a = 0; a < Q; ++a) products[a][n] = _mm512_fmadd_ps(q[a][p], part, products[a][n]);
+      }
+    }
+    for (int n = here; n < 16; ++n)
+      for (int a = 0; a < Q; ++a) products[a][n] = _mm512_setzero_ps();
+    const __mmask16 real = __mmask16((1u << here) - 1);
+    for (int a = 0; a < Q; ++a) {
+      const __m512 s = _mm512_mul_ps(sums_of(products[a]), _mm512_set1_ps(scale));
+      _mm512_storeu_ps(queries[a].scores + first + i,
+                       _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), real, s));
+    }
+  }
+}
+
+// exp(s - max) in place, zero behind `count`; returns one over their sum.
+float softmax(float* scores, int count) {
+  __m512 most = _mm512_set1_ps(-INFINITY);
+  for (int i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i));
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+  __m512 sum = _mm512_setzero_ps();
+  for (int i = 0; i < count; i += 16) {
+    const __mmask16 real = __mmask16((1u << std::min(16, count - i)) - 1);
+    const __m512 e =
+        _mm512_maskz_mov_ps(real, exp_of(_mm512_sub_ps(_mm512_loadu_ps(scores + i), top)));
+    sum = _mm512_add_ps(sum, e);
+    _mm512_storeu_ps(scores + i, e);
+  }
+  return 1.0f / sum_of(sum);
+}
+
+template <int Q, int PARTS, class Key>
+void add_values(const Query* queries, int first, int count, Key&& value, __m512 (*total)[PARTS]) {
+  for (int i = 0; i < count; ++i) {
+    const float* other = value(i);
+    __m512 weight[Q];
+    for (int a = 0; a < Q; ++a) weight[a] = _mm512_set1_ps(queries[a].scores[first + i]);
+    for (int p = 0; p < PARTS; ++p) {
+      const __m512 part = _mm512_loadu_ps(other + p * 16);
+      for (int a = 0; a < Q; ++a) total[a][p] = _mm512_fmadd_ps(weight[a], part, total[a][p]);
+    }
+  }
+}
+
+// Q queries of one sequence and one KV head. What stands before the step is read once for all,
+// then each query looks at the rows of the step that it sees.
+template <int Q, int PARTS>
+void attend(const Query* queries, const float* k, const float* v, const int32_t* seen) {
+  constexpr int width = PARTS * 16;
+  const int start = queries[0].row->start;
+  const float scale = 1.0f / std::sqrt(float(width));
+  score<Q, PARTS>(queries, 0, start, scale, [=](int i) { return k + int64_t(i) * width; });
+  float shares[Q];
+  for (int a = 0; a < Q; ++a) {
+    const Row& row = *queries[a].row;
+    const int32_t* rows = seen + row.seen;
+    score<1, PARTS>(queries + a, start, row.count, scale,
+                    [=](int i) { return k + int64_t(start + rows[i]) * width; });
+    shares[a] = softmax(queries[a].scores, start + row.count);
+  }
+  __m512 total[Q][PARTS];
+  for (int a = 0; a < Q; ++a)
+    for (int p = 0; p < PARTS; ++p) total[a][p] = _mm512_setzero_ps();
+  add_values<Q, PARTS>(queries, 0, start, [=](int i) { return v + int64_t(i) * width; }, total);
+  for (int a = 0; a < Q; ++a) {
+    const Row& row = *queries[a].row;
+    const int32_t* rows = seen + row.seen;
+    add_values<1, PARTS>(queries + a, start, row.count,
+                         [=](int i) { return v + int64_t(start + rows[i]) * width; }, total + a);
+    const __m512 share = _mm512_set1_ps(shares[a]);
+    for (int p = 0; p < PARTS; ++p)
+      _mm512_storeu_ps(queries[a].out + p * 16, _mm512_mul_ps(total[a][p], share));
+  }
+}
+
+template <int PARTS>
+void attend_some(const Query* queries, int count, const float* k, const float* v,
+                 const int32_t* seen) {
+  constexpr int most = PARTS <= 4 ? 4 : PARTS <= 8 ? 2 : 1;  // what the registers hold
+  while (count) {
+    const int q = std::min(count, most);
+    if (q >= 4) attend<most >= 4 ? 4 : 1, PARTS>(queries, k, v, seen);
+    else if (q == 3) attend<most >= 4 ? 3 : 1, PARTS>(queries, k, v, seen);
+    else if (q == 2) attend<most >= 2 ? 2 : 1, PARTS>(queries, k, v, seen);
+    else attend<1, PARTS>(queries, k, v, seen);
+    queries += q;
+    count -= q;
+  }
+}
+
+void attend_any(int parts, const Query* queries, int count, const float* k, const float* v,
+                const int32_t* seen) {
+  switch (parts) {
+    case 1: return attend_some<1>(queries, count, k, v, seen);
+    case 2: return attend_some<2>(queries, count, k, v, seen);
+    case 4: return attend_some<4>(queries, count, k, v, seen);
+    case 5: return attend_some<5>(queries, count, k, v, seen);
+    case 6: return attend_some<6>(queries, count, k, v, seen);
+    case 8: return attend_some<8>(queries, count, k, v, seen);
+    case 16: return attend_some<16>(queries, count, k, v, seen);
+  }
+}
+
+struct Buffers {
+  float *normed, *qkv, *attended, *gated, *scales, *rest, *scores;
+  uint8_t* rounded;
+  int score_room;
+};
+
+}  // namespace
+
+extern "C" {
+
+Pool* jupiter_pool(int threads) { return new Pool(threads); }
+void jupiter_pool_free(Pool* pool) { delete pool; }
+
+// Bytes of scratch memory that `rows` rows seeing at most `keys` keys need.
+int64_t jupiter_scratch(const Model* m, int rows, int keys, int threads) {
+  const int64_t width = (m->heads + 2 * m->kv_heads) * m->head_dim;
+  const int64_t widest = std::max(m->inner, std::max(m->hidden, int(width)));
+  const int64_t row = m->hidden + width + m->heads * m->head_dim + m->inner + 2;
+  const int64_t thread = (m->heads / m->kv_heads) * (keys + 32 + m->head_dim) + widest;
+  return 4 * (rows * row + threads * thread) + 2 * rows * widest + 4096;
+}
+
+// x: float [rows][hidden], in place. cosine, sine: float [rows][head_dim / 2].
+void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, float* x, int rows,
+                    const float* cosine, const float* sine, const Row* at, const int32_t* seen,
+                    int keys, float* scratch) {
+  const int d = m->head_dim, q_width = m->heads * d, kv_width = m->kv_heads * d;
+  const int width = q_width + 2 * kv_width, groups = m->heads / m->kv_heads;
+  const int widest = std::max(m->inner, std::max(m->hidden, width));
+  float* next = scratch;
+  auto take = [&](int64_t floats) { float* p = next; next += (floats + 15) / 16 * 16; return p; };
+  Buffers b;
+  b.normed = take(int64_t(rows) * m->hidden);
+  b.qkv = take(int64_t(rows) * width);
+  b.attended = take(int64_t(rows) * q_width);
+  b.gated = take(int64_t(rows) * m->inner);
+  b.scales = take(2 * rows);
+  b.rest = take(int64_t(pool->threads()) * widest);
+  b.score_room = keys + 32;
+  b.scores = take(int64_t(pool->threads()) * groups * (b.score_room + d));
+  b.rounded = reinterpret_cast<uint8_t*>(take(0));
+
+  pool->run([&](int thread) {
+    const int threads = pool->threads();
+    const Span mine(rows, thread, threads);
+    float* scores = b.scores + int64_t(thread) * groups * (b.score_room + d);
+    float* turned = scores + int64_t(groups) * b.score_room;
+    auto round = [&](const float* values, int columns, const Linear& w) {
+      round_rows(w, values, mine, rows, b.rounded, b.scales, b.rest + int64_t(thread) * widest);
+      pool->barrier();
+      return Input{values, b.rounded, b.scales, columns};
+    };
+    auto blocks = [&](const Linear& w) { return Span(w.out / kCols, thread, threads); };
+    auto norm = [&](const float* weight) {
+      for (int r = mine.begin; r < mine.end; ++r)
+        rms_norm(x + int64_t(r) * m->hidden, weight, m->eps, m->hidden, b.normed + int64_t(r) * m->hidden);
+    };
+    for (int l = 0; l < count; ++l) {
+      const Layer& layer = layers[l];
+      norm(layer.input_norm);
+      product<false>(layer.qkv, round(b.normed, m->hidden, layer.qkv), rows, b.qkv, width, blocks(layer.qkv));
+      pool->barrier();
+      for (int r = mine.begin; r < mine.end; ++r) {
+        const float* row = b.qkv + int64_t(r) * width;
+        const float *c = cosine + int64_t(r) * (d / 2), *s = sine + int64_t(r) * (d / 2);
+        for (int h = 0; h < m->kv_heads; ++h) {
+          const int64_t place = at[r].layer * l + at[r].head * h + int64_t(at[r].place) * d;
+          rotate(row + q_width + h * d, c, s, d, at[r].k + place);
+          std::memcpy(at[r].v + place, row + q_width + kv_width + h * d, d * sizeof(float));
+        }
+      }
+      pool->barrier();
+      // The heads of a row that share keys go together; a single row is cut finer, for all threads.
+      const int together = rows * m->kv_heads < 4 * threads ? 1 : groups;
+      const Span items(rows * m->heads / together, thread, threads);
+      for (int i = items.begin; i < items.end; ++i) {
+        const int r = i * together / m->heads, h = i * together % m->heads;
+        const int64_t head = at[r].layer * l + at[r].head * (h / groups);
+        Query queries[kGroups];
+        for (int a = 0; a < together; ++a) {
+          float* q = turned + a * d;
+          rotate(b.qkv + int64_t(r) * width + (h + a) * d, cosine + int64_t(r) * (d / 2),
+                 sine + int64_t(r) * (d / 2), d, q);
+          queries[a] = {q, scores + int64_t(a) * b.score_room,
+                        b.attended + int64_t(r) * q_width + (h + a) * d, at + r};
+        }
+        attend_any(d / 16, queries, together, at[r].k + head, at[r].v + head, seen);
+      }
+      pool->barrier();
+      product<true>(layer.o, round(b.attended, q_width, layer.o), rows, x, m->hidden, blocks(layer.o));
+      pool->barrier();
+      norm(layer.post_norm);
+      gated_product(layer.gate_up, round(b.normed, m->hidden, layer.gate_up), rows, b.gated, m->inner,
+                    Span(layer.gate_up.out / (2 * kCols), thread, threads));
+      pool->barrier();
+      product<true>(layer.down, round(b.gated, m->inner, layer.down), rows, x, m->hidden, blocks(layer.down));
+      pool->barrier();
+    }
+  });
+}
+
+// out = norm(x) * weight, float [rows][width].
+void jupiter_norm(const float* x, const float* weight, float eps, int rows, int width, float* out) {
+  for (int r = 0; r < rows; ++r)
+    rms_norm(x + int64_t(r) * width, weight, eps, width, out + int64_t(r) * width);
+}
+
+// Several products at once, each with its own input: out[i] = x[i] W[i]^T (+ b), where x[i] is
+// float [rows][w[i].in] and out[i] float [rows][w[i].out], one behind the other; so are the rounded
+// inputs and their scales, 2 * rows * in bytes and 2 * rows floats for each. All W are float, or none.
+void jupiter_linears(Pool* pool, const Linear* w, int count, const float* x, int rows, float* out,
+                     uint8_t* rounded, float* scales) {
+  pool->run([&](int thread) {
+    const Span mine(rows * count, thread, pool->threads());
+    const int in = w->in, width = w->out;
+    std::vector<float> rest(in);
+    for (int i = mine.begin / rows; i * rows < mine.end; ++i) {
+      Span part = mine;
+      part.begin = std::max(mine.begin - i * rows, 0);
+      part.end = std::min(mine.end - i * rows, rows);
+      const int64_t at = int64_t(i) * rows;
+      round_rows(w[i], x + at * in, part, rows, rounded + 2 * at * in, scales + 2 * at, rest.data());
+    }
+    pool->barrier();
+    const int blocks = width / kCols;
+    const Span all(blocks * count, thread, pool->threads());
+    for (int i = all.begin / blocks; i * blocks < all.end; ++i) {
+      Span part = all;
+      part.begin = std::max(all.begin - i * blocks, 0);
+      part.end = std::min(all.end - i * blocks, blocks);
+      const int64_t at = int64_t(i) * rows;
+      const Input input{x + at * in, rounded + 2 * at * in, scales + 2 * at, in};
+      product<false>(w[i], input, rows, out + at * width, width, part);
+    }
+  });
+}
+}

@@ -1,0 +1,58 @@
+"""What computes in a stage: the modules themselves, or compiled kernels in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.model.kv_cache import KVStore
+from engine.model.medusa import MedusaLlamaForCausalLM
+from engine.pipeline.batch import Entry, attention_rows
+
+
+class Forward(Protocol):
+    """The computing of one stage; rows are those of the entries, one under the other."""
+
+    def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
+        """Tokens int64 [rows] on the first stage, else hidden states, to hidden states.
+
+        On the last stage they are normed, [rows, hidden_size].
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [rows, vocab_size] of normed hidden states."""
+
+    def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
+        """As MedusaLlamaForCausalLM.draft."""
+
+
+class ModuleForward:
+    """The stage's modules as they are."""
+
+    def __init__(
+        self, model: MedusaLlamaForCausalLM, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._model, self._dtype, self._device = model, dtype, device
+
+    def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
+        """See Forward."""
+        config = self._model.config
+        rows = attention_rows(
+            entries,
+            store,
+            groups=config.num_attention_heads // config.num_key_value_heads,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        return self._model(x, rows)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See Forward."""
+        return self._model.lm_head(hidden).float()
+
+    def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
+        """See Forward."""
+        return self._model.draft(hidden, roots, k)

@@ -1,0 +1,69 @@
+"""Steps before the first request: what trees of each size cost on these stages."""
+
+from __future__ import annotations
+
+import time
+
+from engine.decoding.acceptance import CANDIDATES
+from engine.decoding.tuner import SIZES
+from engine.pipeline.batch import Entry, Judge, encode_batch
+from engine.pipeline.link import Kind, Link
+from engine.pipeline.stage import Stage
+
+BUDGET_S = 0.6
+"""A start may take so much longer for it; the first few sizes are always measured."""
+ORDER = (1, 4, 16, 64, 8, 32, 2, 12, 24, 6, 48)
+"""Sizes whose cost tells most come first; the costs of those left out lie between."""
+ALWAYS = 4
+CONTEXT = 256
+"""Tokens before the tree, of which a chat has some hundreds as a rule."""
+RUNS = 2
+"""Of each size; the first may have to set up what torch keeps for a shape."""
+
+assert set(ORDER) == set(SIZES)
+
+
+def rehearse(
+    stage: Stage, link: Link | None, last: int, *, context_length: int, largest: int
+) -> tuple[dict[int, float], float]:
+    """Take steps on rank 0 that belong to no request; rank `last` is the last stage.
+
+    The rows that they leave in the KV cache are those of no sequence.
+
+    Returns:
+        Seconds of steps with drafting by the nodes of their tree, up to about `largest`, and of a
+        step of one node without.
+    """
+    start = max(0, min(CONTEXT, context_length - SIZES[-1]))
+    deadline = time.perf_counter() + BUDGET_S
+    undrafted = min(_step(stage, link, last, start, 1, 0) for _ in range(RUNS))
+    found: dict[int, float] = {}
+    for at, size in enumerate(ORDER):
+        nodes = min(size, largest)
+        if at >= ALWAYS and time.perf_counter() > deadline:
+            break
+        if nodes not in found:
+            runs = (_step(stage, link, last, start, nodes, CANDIDATES) for _ in range(RUNS))
+            found[nodes] = min(runs)
+    return found, undrafted
+
+
+def _step(
+    stage: Stage, link: Link | None, last: int, start: int, nodes: int, draft_width: int
+) -> float:
+    began = time.perf_counter()
+    entry = Entry(
+        slot=0,
+        start=start,
+        tokens=[0] * nodes,
+        parents=[-1, *[0] * (nodes - 1)],
+        judge=Judge.TREE,
+        draft_width=draft_width,
+    )
+    hidden = stage.run([entry], None)
+    if link is None:
+        stage.judge([entry], hidden)
+    else:
+        link.send(1, Kind.BATCH, encode_batch([entry]), hidden)
+        link.receive(last)
+    return time.perf_counter() - began

@@ -16,6 +16,7 @@ from engine.decoding.tree import Tree, choose_tree
 from engine.decoding.tuner import SIZES, Drafting, FixedTree, TreeTuner
 from engine.model.config import ModelConfig
 from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, fuse_projections
+from engine.pipeline.rehearsal import rehearse
 from engine.pipeline.rule import accept_rule
 from engine.pipeline.scheduler import Scheduler
 from engine.pipeline.stage import Stage
@@ -411,3 +412,13 @@ def test_a_tuner_expects_of_its_tree_what_steps_then_make() -> None:
     engine.stop()
     assert tuner.made > 1.5 * tuner.steps
     assert tuner.expected == pytest.approx(tuner.made, rel=0.15)
+
+
+def test_a_rehearsal_measures_sizes_and_leaves_nothing_behind() -> None:
+    engine = Engine(ECHO_HEADS)
+    measured, undrafted = rehearse(engine.stage, None, 0, context_length=CONTEXT, largest=48)
+    assert {1, 4, 16, 48} <= set(measured) <= set(SIZES)
+    assert all(0 < seconds < 10 for seconds in (*measured.values(), undrafted))
+    answer = tokens_of(engine.ask(prompt("a", PROMPTS[5]))["a"])
+    engine.stop()
+    assert answer == expected_greedy(engine.codec, PROMPTS[5], 24)

@@ -118,6 +118,16 @@ class JupiterApp(App[int]):
 
     def on_mount(self) -> None:
         """Take up the choices of the last run."""
+        # The shell has written over the screen while the workbench was suspended.
+        self.app_resume_signal.subscribe(self, lambda _: self.refresh(layout=True))
+        if colours(os.environ) == 0:
+            self.notify(
+                f"TERM={os.environ.get('TERM', '')}: shown without colours; set TERM to the name "
+                "of a terminal that has some, such as xterm-256color",
+                title="This terminal has no colours",
+                severity="warning",
+                markup=False,
+            )
         try:
             theme = preferences.load().theme
         except (OSError, ValueError) as error:

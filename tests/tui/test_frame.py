@@ -156,6 +156,17 @@ async def test_a_screen_that_is_not_shown_hears_of_the_engine_too() -> None:
         await chat.shows("● ready")
 
 
+async def test_every_screen_tells_that_an_answer_runs() -> None:
+    async with open_chat() as chat:
+        await chat.ready()
+        await chat.ask("Hello")
+        await chat.pilot.press("f3")
+        await chat.shows("● answering")
+        chat.client.started()
+        chat.client.finish()
+        await chat.shows("● ready")
+
+
 async def test_a_click_on_a_name_in_the_title_opens_the_screen() -> None:
     async with open_chat() as chat:
         column = chat.shown().splitlines()[0].index("Telemetry")

@@ -102,3 +102,13 @@ async def test_no_color_leaves_no_colour_on_the_screen(monkeypatch: pytest.Monke
                     (style.color is None or style.color.is_default)
                     and (style.bgcolor is None or style.bgcolor.is_default)
                 )
+
+
+async def test_a_terminal_without_colours_is_told_and_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "vt100")
+    async with open_chat() as chat:
+        await chat.shows("This terminal has no colours")
+        await chat.ready()
+        await chat.shows("● ready")

@@ -195,7 +195,10 @@ def test_a_second_turn_prefills_only_what_is_new(plain: Engine) -> None:
     # The answer's last token was never fed, so its row is new too.
     assert started.prompt_tokens - started.cached_tokens <= len(closing) + 1
     decoded = events[-1].metrics.decode_steps * plain.scheduler.tree.size
-    assert plain.stage.meter.rows - rows_before == started.prompt_tokens - started.cached_tokens + decoded
+    assert (
+        plain.stage.meter.rows - rows_before
+        == started.prompt_tokens - started.cached_tokens + decoded
+    )
     fresh = Engine(NO_HEADS)
     alone = fresh.ask(Generate(request_id="2", messages=second, params=GREEDY))["2"]
     fresh.stop()

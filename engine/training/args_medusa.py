@@ -30,7 +30,7 @@ class Medusa:
     medusa_num_layers: PositiveInt = arg(1, "blocks of each head")
     medusa_head_kind: Literal["resblock", "root"] = arg(
         "resblock",
-        "resblock: as in Medusa; root: the first block also sees the token that drafting starts from",
+        "resblock: as in Medusa; root: the first block also sees the token drafting starts from",
     )
     medusa_inner_size: PositiveInt | None = arg(
         None, "width inside the first block of root heads", shown="twice the model's `hidden_size`"

@@ -79,7 +79,7 @@ class ConversationsScreen(AnsweringScreen):
     def _refresh_list(self) -> None:
         # A save may end after the screen's widgets have gone, when the workbench closes.
         if self.is_mounted and self.query("Sidebar.-open"):
-            self.run_worker(self._list, group="list", exclusive=True)
+            self.run_worker(self._list(), group="list", exclusive=True)
 
     async def _list(self) -> None:
         listing = await asyncio.to_thread(self.store.list, self.sidebar.query_text)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install chat test lint clean
+.PHONY: install chat test lint screenshots clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The README's pictures, from a real run of about three minutes.
+screenshots: install
+	$(BIN)/python -m tui.screenshot
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .ruff_cache .mypy_cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -49,4 +50,6 @@ async def run(config: JupiterConfig, fake: bool) -> int:
 
 
 if __name__ == "__main__":
+    # A shell starts its background jobs with Ctrl+C ignored, and so their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(asyncio.run(run(load_config(sys.argv[1]), sys.argv[2:] == ["fake"])))

@@ -31,7 +31,7 @@ from tui.modes import MODES, AsksBeforeLeaving, ShowsEngine
 from tui.session import ClientFactory, EngineSession
 from tui.speeds import SpeedStore
 from tui.telemetry import TelemetryStore
-from tui.themes import THEMES, default_theme, partner
+from tui.themes import ANSI_DARK, THEMES, colours, default_theme, partner
 
 if TYPE_CHECKING:
     from tui.screens.chat import ChatScreen
@@ -98,7 +98,10 @@ class JupiterApp(App[int]):
         config_given: str | None = None,
     ) -> None:
         """`config_given` is the path of `--config`, if there was one."""
-        super().__init__()
+        plain = "NO_COLOR" in os.environ or colours(os.environ) == 0
+        if plain:
+            os.environ["NO_COLOR"] = "1"  # Textual looks here, and for shades of grey if not ANSI
+        super().__init__(ansi_color=True if plain else None)
         self.config_given = config_given
         self.set_keymap(checked_keymap(config.keymap))
         self.session = EngineSession(config, self.post_message, make_client)
@@ -108,13 +111,23 @@ class JupiterApp(App[int]):
         self.session.add_listener(self.speeds.on_update)
         for theme in THEMES:
             self.register_theme(theme)
-        self.theme = default_theme(os.environ)
+        self.theme = ANSI_DARK.name if plain else default_theme(os.environ)
         for mode in MODES:
             self.add_mode(mode.name, partial(mode.open, self))
         self._leaving = False
 
     def on_mount(self) -> None:
         """Take up the choices of the last run."""
+        # The shell has written over the screen while the workbench was suspended.
+        self.app_resume_signal.subscribe(self, lambda _: self.refresh(layout=True))
+        if colours(os.environ) == 0:
+            self.notify(
+                f"TERM={os.environ.get('TERM', '')}: shown without colours; set TERM to the name "
+                "of a terminal that has some, such as xterm-256color",
+                title="This terminal has no colours",
+                severity="warning",
+                markup=False,
+            )
         try:
             theme = preferences.load().theme
         except (OSError, ValueError) as error:

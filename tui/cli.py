@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -136,7 +137,9 @@ def seconds(text: str) -> float:
 
 def interactive(config: JupiterConfig, config_given: str | None = None) -> int:
     """Open the workbench on this terminal; returns the exit code."""
-    if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    # textual-serve shows the workbench in a browser: it names a driver of its own, and no terminal.
+    if "TEXTUAL_DRIVER" not in os.environ and not all(stream.isatty() for stream in streams):
         print(
             "jupiter-tui: this is not a terminal; use --batch INPUT to answer prompts from a file",
             file=sys.stderr,

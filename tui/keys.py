@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 
 from textual.binding import Binding
 from textual.dom import DOMNode
 from textual.keys import Keys, key_to_character
+from textual.widgets import TextArea
 
 from engine.errors import ConfigError
 
@@ -19,6 +20,8 @@ MODIFIERS = frozenset(("ctrl", "alt", "shift", "super", "meta", "hyper"))
 NAMED_KEYS = frozenset(key.value for key in Keys if not key.value.startswith("<"))
 EVERYWHERE = "app"
 """Bindings of this scope hold on every screen; the others where the part of that name is."""
+WITH_PROMPT = (EVERYWHERE, "chat", "prompt")
+"""Where the prompt has the focus most of the time."""
 
 
 def checked_keymap(keymap: Mapping[str, str]) -> Mapping[str, str]:
@@ -28,20 +31,29 @@ def checked_keymap(keymap: Mapping[str, str]) -> Mapping[str, str]:
     two actions of one screen would share.
     """
     if keymap:  # every screen is imported to know its keys, which takes a moment
-        check(keymap, every_binding())
+        check(keymap, [*every_binding()], editing_keys())
     return keymap
 
 
-def check(keymap: Mapping[str, str], bindings: Iterable[Binding]) -> None:
-    """Check `keymap` against `bindings`; see checked_keymap."""
+def check(
+    keymap: Mapping[str, str],
+    bindings: Sequence[Binding],
+    editing: Collection[str] = frozenset(),
+) -> None:
+    """Check `keymap` against `bindings` and the keys that edit the prompt; see checked_keymap."""
     keys = default_keys(bindings)
+    first = {binding.id for binding in bindings if binding.priority}  # before the prompt
     for name, text in keymap.items():
         if name not in keys:
             raise ConfigError(f"config key 'keymap': unknown id '{name}'{_suggest(name, keys)}")
         for key in split_keys(text):
             if not is_key(key):
                 raise ConfigError(
-                    f"config key 'keymap': '{name}': '{key}' is no key; write such as ctrl+g or f6"
+                    f"config key 'keymap': '{name}': '{key}' is no key; write such as ctrl+g or f9"
+                )
+            if key in editing and name not in first and _scope(name) in WITH_PROMPT:
+                raise ConfigError(
+                    f"config key 'keymap': '{name}': '{key}' edits the prompt; take another key"
                 )
     keys |= {name: set(split_keys(text)) for name, text in keymap.items()}
     for name in keymap:
@@ -92,8 +104,18 @@ def _modules() -> Iterator[ModuleType]:
             yield importlib.import_module(f"{package}.{name}")
 
 
+def editing_keys() -> set[str]:
+    """The keys that the prompt needs itself."""
+    bindings = Binding.make_bindings(TextArea.BINDINGS)
+    return {key for binding in bindings for key in split_keys(binding.key)}
+
+
+def _scope(name: str) -> str:
+    return name.partition(".")[0]
+
+
 def _meet(one: str, other: str) -> bool:
-    scopes = {one.partition(".")[0], other.partition(".")[0]}
+    scopes = {_scope(one), _scope(other)}
     return len(scopes) == 1 or EVERYWHERE in scopes
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import termios
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ def run(
     in the place of the real one. Returns the exit code. Raises the JupiterError of a start that no
     key could have mended.
     """
-    with TerminalGuard(sys.stdin.fileno(), sys.stderr.fileno()):
+    with _guard():
         from tui.app import JupiterApp
 
         app = JupiterApp(config, make_client, config_given=config_given)
@@ -54,6 +55,13 @@ def run(
     if app.session.error is not None and code == app.session.error.exit_code:
         raise app.session.error
     return code
+
+
+def _guard() -> AbstractContextManager[None]:
+    """For the terminal, if there is one: textual-serve has the workbench write into a pipe."""
+    if sys.stdin.isatty():
+        return TerminalGuard(sys.stdin.fileno(), sys.stderr.fileno())
+    return nullcontext()
 
 
 async def _live(app: JupiterApp) -> int:

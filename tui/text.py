@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 
@@ -33,3 +34,11 @@ def log_text(text: str) -> str:
 def pasted(text: str) -> str:
     """Pasted text with every kind of line end as a new line, and made harmless."""
     return harmless(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def short_path(path: Path) -> str:
+    """`path` for people: from the current folder where it is below it, else from `~`."""
+    for base, sign in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if path.is_relative_to(base) and path != base:
+            return f"{sign}{path.relative_to(base)}"
+    return str(path)

@@ -102,6 +102,8 @@ def colours(environ: Mapping[str, str]) -> int:
     The judgement is that of Rich, which writes the colours in the end, but for the old terminals
     without any.
     """
+    if environ.get("TEXTUAL_COLOR_SYSTEM") == "truecolor":  # as in a browser
+        return 1 << 24
     term = environ.get("TERM", "").lower()
     if term in ("", "dumb", "unknown") or term.startswith("vt") or term.endswith("-m"):
         return 0

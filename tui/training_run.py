@@ -55,6 +55,7 @@ class TrainingRun:
         self._sockets: RunDir | None = None
         self._log_tail: Tail | None = None
         self._steps_tail: Tail | None = None
+        self._ending = False
         self._changed = True
 
     # --- three ways to begin -----------------------------------------------------------------
@@ -125,7 +126,9 @@ class TrainingRun:
         """Read what is new; whether there was anything."""
         gone = self._handle is not None and self._handle.gone()  # before its last words are read
         self._read()
-        if gone:
+        if gone and self._queue is not None and not self._ending:
+            self._ending = True  # what it has sent may still be on its way: end at the next look
+        elif gone:
             code = None if self._process is None else self._process.wait()
             self._close_queue()
             self._read()

@@ -8,9 +8,11 @@ ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768,
 """Row counts that a cost is kept of; others lie between two of them."""
 GUESS_ROWS = 16.0
 """Before anything is measured, so many rows are taken to cost twice as much as none."""
-TRUST = 0.25
+TRUST = 0.4
 """Of what a single step costs more or less than it should, so much is believed."""
 PACE_TRUST = 0.125
+HELD_UP = 1.5
+"""A step that took so many times longer than it should was held up: it counts as one of that."""
 
 
 class StepCost:
@@ -49,8 +51,7 @@ class StepCost:
         if self._pace is None:
             self._pace = pace
         else:
-            # A single step that was held up must not count for more than it can be.
-            pace = min(pace, 2.0 * self._pace)
+            pace = min(pace, HELD_UP * self._pace)
             self._pace += PACE_TRUST * (pace - self._pace)
 
     def compare(self, rows: int, seconds: float, *, drafted: bool, in_use: int) -> None:
@@ -61,7 +62,7 @@ class StepCost:
         if self._pace is None:
             return
         expected = self._relative(rows, drafted)
-        error = TRUST * (min(seconds / self._pace, 2.0 * expected) - expected)
+        error = TRUST * (min(seconds / self._pace, HELD_UP * expected) - expected)
         if rows == in_use:
             self._draft = max(0.0, self._draft + (error if drafted else -error))
             return

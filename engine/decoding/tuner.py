@@ -23,7 +23,7 @@ SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Nodes of the trees to choose from, root included: few, so that shapes repeat."""
 DECIDE_EVERY = 16
 """Steps between two decisions, as long as the number of sequences stays the same."""
-COMPARE_EVERY = 48
+COMPARE_EVERY = 32
 """Steps between two with another tree than that in use; its cost would not be known otherwise."""
 PLAIN_DRAFT_EVERY = 16
 """Without drafting, steps between two that draft, to learn whether the heads are right by now."""
@@ -110,13 +110,17 @@ class TreeTuner:
         self._sequences = 1
         self._steps = 0
         self._turn = 0
+        self._tried = self.tree
         self._news: TreeChosen | None = None
         self._decide()
 
     @property
     def width(self) -> int:
         """See Drafting. All candidates: those that the tree does not try are learned from too."""
-        wanted = self.tree.size > 1 or (self._steps + 1) % PLAIN_DRAFT_EVERY == 0
+        if self.tree.size > 1:
+            wanted = self._tried.size > 1  # a step without drafts is compared as one
+        else:
+            wanted = (self._steps + 1) % PLAIN_DRAFT_EVERY == 0
         return CANDIDATES if wanted else 0
 
     def largest(self) -> Tree:
@@ -141,7 +145,8 @@ class TreeTuner:
             self._sequences = sequences
             self._decide()
         every = COMPARE_EVERY if self.tree.size > 1 else PLAIN_DRAFT_EVERY
-        return self._other() if self._steps % every == 0 else self.tree
+        self._tried = self.tree if self._steps % every else self._other()
+        return self._tried
 
     def observe(self, candidates: Sequence[Sequence[int]], tokens: Iterable[int]) -> None:
         """See Drafting."""
@@ -149,10 +154,12 @@ class TreeTuner:
 
     def timed(self, rows: int, seconds: float, *, tree: Tree, drafted: bool) -> None:
         """See Drafting."""
+        in_use = self._sequences * self.tree.size
+        if rows != self._sequences * tree.size:
+            return  # nothing had been drafted for some of the sequences
         if tree is self.tree and drafted == (tree.size > 1):
             self.cost.learn(rows, seconds, drafted=drafted)
         else:
-            in_use = self._sequences * self.tree.size
             self.cost.compare(rows, seconds, drafted=drafted, in_use=in_use)
 
     def news(self) -> TreeChosen | None:
@@ -196,17 +203,27 @@ class TreeTuner:
         return 1.0 + sum(shares.get(path, 0.0) for path in tree.paths)
 
     def _other(self) -> Tree:
-        """By turns the most promising of the other trees, and one next in size to that in use."""
-        trees = [tree for tree, _ in self.trees()]
-        at = next((i for i, tree in enumerate(trees) if tree.size >= self.tree.size), 0)
-        if len(trees) < 2:
+        """In turn: the most promising of the others, one larger, none at all, one smaller.
+
+        What promises least is tried as well: its cost may have been taken for too high.
+        """
+        gains = [self._gain(*each) for each in self.trees()]
+        others = [gain for gain in gains if gain.tree.size != self.tree.size]
+        if not others:
             return self.tree
+        smaller = [gain.tree for gain in others if gain.tree.size < self.tree.size]
+        larger = [gain.tree for gain in others if gain.tree.size > self.tree.size]
+        best = max(others, key=_rate).tree
         self._turn = (self._turn + 1) % 4
-        if self._turn % 2:
-            gains = [self._gain(*each) for each in self.trees()]
-            return max((gain for gain in gains if gain.tree.size != trees[at].size), key=_rate).tree
-        step = self._turn - 1
-        return trees[at + step if 0 <= at + step < len(trees) else at - step]
+        match self._turn:
+            case 1:
+                return best
+            case 2:
+                return larger[0] if larger else best
+            case 3:
+                return smaller[0] if smaller else best
+            case _:
+                return smaller[-1] if smaller else best
 
 
 def _rate(gain: _Gain) -> float:

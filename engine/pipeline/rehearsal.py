@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 
 from engine.decoding.acceptance import CANDIDATES
@@ -15,10 +17,10 @@ BUDGET_S = 0.6
 ORDER = (1, 4, 16, 64, 8, 32, 2, 12, 24, 6, 48)
 """Sizes whose cost tells most come first; the costs of those left out lie between."""
 ALWAYS = 4
+ROUNDS = 4
+WARM_UP = 16
 CONTEXT = 256
 """Tokens before the tree, of which a chat has some hundreds as a rule."""
-RUNS = 2
-"""Of each size; the first may have to set up what torch keeps for a shape."""
 
 assert set(ORDER) == set(SIZES)
 
@@ -35,16 +37,19 @@ def rehearse(
         step of one node without.
     """
     start = max(0, min(CONTEXT, context_length - SIZES[-1]))
+    sizes = list(dict.fromkeys(min(size, largest) for size in ORDER))
     deadline = time.perf_counter() + BUDGET_S
-    undrafted = min(_step(stage, link, last, start, 1, 0) for _ in range(RUNS))
+    _step(stage, link, last, start, min(WARM_UP, largest), CANDIDATES)
     found: dict[int, float] = {}
-    for at, size in enumerate(ORDER):
-        nodes = min(size, largest)
-        if at >= ALWAYS and time.perf_counter() > deadline:
+    undrafted = math.inf
+    # More than once, if there is time: the first step of a size may have to set things up.
+    for at, nodes in itertools.islice(itertools.cycle(enumerate(sizes)), ROUNDS * len(sizes)):
+        if len(found) >= min(ALWAYS, len(sizes)) and time.perf_counter() > deadline:
             break
-        if nodes not in found:
-            runs = (_step(stage, link, last, start, nodes, CANDIDATES) for _ in range(RUNS))
-            found[nodes] = min(runs)
+        seconds = _step(stage, link, last, start, nodes, CANDIDATES)
+        found[nodes] = min(found.get(nodes, math.inf), seconds)
+        if at == 0:
+            undrafted = min(undrafted, _step(stage, link, last, start, 1, 0))
     return found, undrafted
 
 

@@ -120,6 +120,11 @@ class Terminal:
         """Type `keys`, as the bytes that a terminal would send."""
         self._child.send(keys)
 
+    def resize(self, columns: int, rows: int) -> None:
+        """Make the window another size."""
+        self._screen.resize(rows, columns)
+        self._child.setwinsize(rows, columns)
+
     def close_window(self) -> None:
         """Take the terminal away, as a closed window or a lost connection does."""
         self._child.ptyproc.fileobj.close()

@@ -257,6 +257,26 @@ def test_noise_alone_does_not_move_the_tree() -> None:
     assert all(first / 2 <= size <= first * 2 for size in sizes)
 
 
+@pytest.mark.parametrize("share", [0.6, 1.6])
+def test_a_wrong_first_measurement_of_plain_decoding_is_corrected(share: float) -> None:
+    """What is used is known at once; that the other is cheaper has to be found out."""
+    heads, draft = Heads(0.45, 0.1), 0.003
+    calibration = heads.calibration()
+    true = machine(CPU, draft)
+
+    def seconds(rows: int, drafted: bool) -> float:
+        return true(rows, drafted) * (share if rows == 1 and not drafted else 1.0)
+
+    tuner = begun(TreeTuner(HEADS, calibration), CPU, draft)
+    assert tuner.tree.size > 1
+    sizes = run(tuner, heads, seconds, 1200)
+    rates = {
+        tree.size: tokens / seconds(tree.size, tree.size > 1) for tree, tokens in tuner.trees()
+    }
+    assert rates[sizes[-1]] > 0.9 * max(rates.values())
+    assert (sizes[-1] == 1) == (share < 1)
+
+
 def test_many_sequences_at_once_get_smaller_trees() -> None:
     heads = Heads(0.6, 0.15, 0.08)
     tuner = begun(TreeTuner(HEADS, heads.calibration()), CPU)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 from textual import events
+from textual.widgets import Footer, Markdown
 
 from engine.protocol import Message, StageState
 from tests.tui.chat import Chat, open_chat
-from tui.screens.help import HelpScreen
+from tui.modes import MODES
 from tui.widgets.bars import StatusLine, TitleBar
 
 SIZES = [(80, 24), (120, 36), (200, 60)]
@@ -38,7 +39,7 @@ async def test_a_fetch_is_told_line_by_line() -> None:
 
 
 async def test_the_start_becomes_one_quiet_line_when_the_engine_is_ready() -> None:
-    async with open_chat() as chat:
+    async with open_chat(size=(120, 36)) as chat:
         await chat.ready()
         await chat.shows("ready in")
         assert "tensors" not in chat.shown()
@@ -93,14 +94,23 @@ async def test_a_blank_prompt_is_not_sent() -> None:
 
 
 @pytest.mark.parametrize("key", ["question_mark", "f1"])
-async def test_help_lists_the_keys_and_closes_again(key: str) -> None:
+async def test_help_tells_keys_ids_and_what_the_screen_shows_and_closes_again(key: str) -> None:
     async with open_chat() as chat:
         await chat.pilot.press(key)
-        await chat.until(lambda: isinstance(chat.app.screen, HelpScreen))
-        assert "Ctrl+J" in chat.shown() and "tok/step" in chat.shown()
+        await chat.shows("Help: Chat")
+        assert "chat.new" in chat.shown() and "^n" in chat.shown()
+        help_screen = chat.app.screen
+        assert "tok/step" in help_screen.query_one(Markdown).source
         await chat.pilot.press("escape")
         await chat.until(lambda: chat.app.screen is chat.screen)
         assert chat.prompt.text == ""
+
+
+async def test_help_is_that_of_the_screen_it_is_opened_on() -> None:
+    async with open_chat(size=(120, 36)) as chat:
+        await chat.pilot.press("f4", "f1")
+        await chat.shows("Help: Telemetry")
+        assert "telemetry." in chat.shown() and "chat.new" not in chat.shown()
 
 
 async def test_a_question_mark_in_a_prompt_is_a_letter() -> None:
@@ -121,6 +131,58 @@ async def test_the_palette_offers_only_what_the_state_allows() -> None:
         await chat.answered()
         assert "Stop" not in commands(chat)
         assert "Restart engine" in commands(chat)
+
+
+async def test_each_main_screen_is_one_key_away_and_knows_the_engine() -> None:
+    async with open_chat(size=(120, 36)) as chat:
+        await chat.ready()
+        for mode in reversed(MODES):
+            await chat.pilot.press(mode.key)
+            await chat.until(lambda name=mode.name: chat.app.current_mode == name)
+            screen = chat.app.screen
+            assert screen.id == mode.name
+            await chat.until(lambda screen=screen: "● ready" in chat.shown())
+            assert screen.query_one(TitleBar).region.y == 0
+            assert screen.query_one(Footer).region.bottom == 36
+
+
+async def test_a_screen_that_is_not_shown_hears_of_the_engine_too() -> None:
+    async with open_chat() as chat:
+        await chat.pilot.press("f4")
+        await chat.pilot.press("f2")
+        chat.client.get_ready()
+        await chat.shows("● ready")
+        await chat.pilot.press("f4")
+        await chat.shows("● ready")
+
+
+async def test_every_screen_tells_that_an_answer_runs() -> None:
+    async with open_chat() as chat:
+        await chat.ready()
+        await chat.ask("Hello")
+        await chat.pilot.press("f3")
+        await chat.shows("● answering")
+        chat.client.started()
+        chat.client.finish()
+        await chat.shows("● ready")
+
+
+async def test_a_click_on_a_name_in_the_title_opens_the_screen() -> None:
+    async with open_chat() as chat:
+        column = chat.shown().splitlines()[0].index("Telemetry")
+        await chat.pilot.click(TitleBar, offset=(column, 0))
+        await chat.until(lambda: chat.app.current_mode == "telemetry")
+        column = chat.shown().splitlines()[0].index("Help")
+        await chat.pilot.click(TitleBar, offset=(column, 0))
+        await chat.shows("Help: Telemetry")
+
+
+async def test_the_palette_opens_another_screen() -> None:
+    async with open_chat() as chat:
+        await chat.pilot.press("ctrl+p", *"tele")
+        await chat.shows("What every stage does right now")
+        await chat.pilot.press("enter")
+        await chat.until(lambda: chat.app.current_mode == "telemetry")
 
 
 async def test_light_and_dark_are_one_key_apart() -> None:

@@ -96,7 +96,7 @@ async def test_every_stage_is_shown_with_its_figures(terminal: tuple[int, int]) 
             await telemetry.shows(text)
         lines = telemetry.chat.shown().splitlines()
         assert max(map(len, lines)) <= terminal[0]
-        assert sum("…" in line for line in lines) == 0
+        assert not [line for line in lines[1:] if "…" in line]  # the title gives way
 
 
 async def test_device_memory_is_called_what_it_is() -> None:

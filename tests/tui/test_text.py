@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tui.text import harmless, log_text, pasted
+from tui.text import harmless, log_text, pasted, short_path
 
 
 def test_control_characters_become_visible() -> None:
@@ -37,3 +39,15 @@ def test_colour_codes_of_a_log_are_taken_out() -> None:
 
 def test_every_line_end_of_a_paste_is_a_new_line() -> None:
     assert pasted("a\r\nb\rc\nd") == "a\nb\nc\nd"
+
+
+def test_a_path_is_told_from_where_the_user_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert short_path(tmp_path / "here" / "runs" / "v0") == "runs/v0"
+    assert short_path(tmp_path / "home" / "runs") == "~/runs"
+    assert short_path(tmp_path / "else") == str(tmp_path / "else")
+    assert short_path(tmp_path / "here") == str(tmp_path / "here")

@@ -77,7 +77,8 @@ class ConversationsScreen(AnsweringScreen):
         self._tell_problem(f"{folder}: cannot be written: {reason(message.error)}")
 
     def _refresh_list(self) -> None:
-        if self.is_mounted and self.sidebar.has_class("-open"):
+        # A save may end after the screen's widgets have gone, when the workbench closes.
+        if self.is_mounted and self.query("Sidebar.-open"):
             self.run_worker(self._list(), group="list", exclusive=True)
 
     async def _list(self) -> None:

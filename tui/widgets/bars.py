@@ -38,6 +38,15 @@ class TitleBar(Widget):
         self._tabs: list[tuple[int, str]] = []
         """The column where each name ends, and the app's action for it."""
 
+    def on_mount(self) -> None:
+        """Tell on every screen whether the chat is being answered."""
+        chat = getattr(self.app, "chat", None)
+        if chat is not None:
+            self.watch(chat, "running", self._chat_runs)
+
+    def _chat_runs(self, running: object) -> None:
+        self.answering = running is not None
+
     def render(self) -> Content:
         """One line as wide as the terminal; what does not fit of the facts is cut."""
         width = self.content_size.width

@@ -48,6 +48,8 @@ class Prompt(TextArea):
         ),
         Binding("ctrl+home", "scroll('home')", "First message", id="prompt.first", show=False),
         Binding("ctrl+end", "scroll('end')", "Latest message", id="prompt.latest", show=False),
+        # As in a shell; Ctrl+Z suspends the workbench.
+        Binding("ctrl+underscore", "undo", "Undo", id="prompt.undo", show=False),
     ]
 
     def __init__(self, *, id: str) -> None:

@@ -19,6 +19,8 @@ from tui.themes import DIM
 GRIP = "┃"
 LIVE_EDGE = "╵"
 
+CHOSEN = "bold $block-cursor-foreground on $block-cursor-background"
+
 
 class SplitBar(Widget):
     """Draws a draft to scale. Click a stage to choose it, drag a boundary to move it."""
@@ -56,7 +58,7 @@ class SplitBar(Widget):
         for stage, (left, right) in enumerate(pairwise(edges)):
             last = stage == len(draft.split) - 1
             room = right - left - (0 if last else 1)
-            style = "bold $primary on $primary 30%" if stage == draft.chosen else "on $panel"
+            style = CHOSEN if stage == draft.chosen else "on $panel"
             mark = "▸" if stage == draft.chosen else " "
             layers = draft.split[stage]
             names += [(_fit(room, f"{mark}stage {stage}", f"{mark}{stage}"), style)]

@@ -12,7 +12,7 @@ from textual.widgets import Static
 from engine.training.progress import span
 from tui import metrics
 from tui.chart import Series
-from tui.text import harmless
+from tui.text import harmless, short_path
 from tui.themes import DIM
 from tui.training_history import Evaluation, Point
 from tui.training_run import Phase, TrainingRun
@@ -77,7 +77,7 @@ class RunView(Vertical):
 def head(run: TrainingRun, width: int) -> Content:
     """The run in words: its folder, its state with a bar, its times, the latest evaluation."""
     history = run.history
-    name = str(run.folder) if run.folder is not None else "its folder is not made yet"
+    name = short_path(run.folder) if run.folder is not None else "its folder is not made yet"
     words, style = PHASES[run.phase]
     known = history.iteration is not None and history.total is not None
     steps = f"step {history.iteration} of {history.total}" if known else "step n/a"

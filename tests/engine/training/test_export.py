@@ -53,8 +53,13 @@ LAYOUTS = {
     "two ResBlocks": [*SHARED, "--medusa_num_layers", "2"],
     "root": [*SHARED, "--medusa_head_kind", "root", "--medusa_num_layers", "2"],
     "root with a part of the vocabulary": [
-        *OWN, "--medusa_head_kind", "root", "--medusa_inner_size", "24",
-        "--truncated_vocab_size", "20",
+        *OWN,
+        "--medusa_head_kind",
+        "root",
+        "--medusa_inner_size",
+        "24",
+        "--truncated_vocab_size",
+        "20",
     ],
 }
 

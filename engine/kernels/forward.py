@@ -136,7 +136,7 @@ def _problem(config: ModelConfig) -> str:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or isinstance(module, QuantizedLinear)
+    return isinstance(module, nn.Linear | QuantizedLinear)
 
 
 def _pack(module: nn.Module) -> PackedLinear:

@@ -3,8 +3,8 @@
     {"medusa_acceptance": {"seen": [2946, ...], "hits": [[1633, ...], ...],
                            "nodes": [[[0], 1633], [[0, 0], 871], ...]}}
 
-They are the counts of engine.decoding.acceptance, of the answers that `jupiter medusa eval
---calibrate` had the model write. Any beginning of `nodes` is the best tree of its size.
+They are the counts of engine.decoding.acceptance, of steps through the answers that `jupiter medusa
+eval --calibrate` had the model write. Any beginning of `nodes` is the best tree of its size.
 """
 
 from __future__ import annotations
@@ -64,19 +64,13 @@ def _check(file: Path, stored: _Stored, nodes: dict[tuple[int, ...], float]) -> 
         known[path] = count
 
 
-def read_choices(heads: Path) -> Choices:
-    """The best trees of the stored counts, by the presets' names; raises as `read_acceptance`."""
-    acceptance = read_acceptance(heads)
-    return {} if acceptance is None else best_choices(acceptance)
-
-
-def best_choices(acceptance: Acceptance) -> Choices:
-    """The best trees of the presets' sizes.
+def best_choices(acceptance: Acceptance | None) -> Choices:
+    """The best trees of the presets' sizes, by the presets' names; none where nothing was counted.
 
     The expected number of accepted tokens is the sum of the nodes' frequencies, and no node is
     more frequent than its parent; so the most frequent nodes are the best tree of that size.
     """
-    paths = [list(path) for path, _ in acceptance.paths]
+    paths = [list(path) for path, _ in acceptance.paths] if acceptance else []
     return {name: paths[: len(preset)] for name, preset in PRESETS.items()} if paths else {}
 
 

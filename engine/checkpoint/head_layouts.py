@@ -139,7 +139,7 @@ def read_layout(shapes: Shapes, path: Path, *, original: bool = False) -> HeadLa
     if not shared:
         names |= {output_name(head, layers): name for head, (_, name) in outputs.items()}
     _check_complete(names, heads, layers, shared, path, rooted)
-    return HeadLayout(heads, layers, names, None if shared else found.token_map, lm_head)
+    return HeadLayout(heads, layers, names, found.token_map, lm_head)
 
 
 @dataclass

@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,21 @@ class AcceptRule:
     posterior_alpha: float = 0.3
     seed: int = 0
 
+    @property
+    def greedy(self) -> bool:
+        """Only the likeliest token of a node is wanted."""
+        return self.rule == GREEDY or self.temperature == 0
+
+
+class Scores(Protocol):
+    """What the model thinks comes after each node of a tree."""
+
+    def best(self, node: int) -> int:
+        """The likeliest token."""
+
+    def logits(self, node: int) -> Tensor:
+        """Float [vocab_size]."""
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -49,29 +65,29 @@ def uniform(seed: int, position: int) -> float:
 
 
 def accept(
-    logits: Tensor, tokens: Sequence[int], parents: Sequence[int], position: int, rule: AcceptRule
+    scores: Scores, tokens: Sequence[int], parents: Sequence[int], position: int, rule: AcceptRule
 ) -> Accepted:
     """Judge one sequence's tree.
 
     Args:
-        logits: float [nodes, vocab_size], row i after node i's token.
+        scores: asked only about nodes that matter.
         tokens: token of each node.
         parents: parent of each node; node 0 is the root, already certain.
         position: of the root in its sequence.
         rule: the sequence's acceptance rule.
     """
     children = children_of(parents)
-    if rule.rule == GREEDY or rule.temperature == 0:
-        return _follow(logits.argmax(dim=-1).tolist(), tokens, children)
+    if rule.greedy:
+        return _follow(scores, tokens, children)
     if rule.rule == NUCLEUS:
-        return _sample_and_match(logits, tokens, children, position, rule)
-    return _typical(logits, tokens, children, position, rule)
+        return _sample_and_match(scores, tokens, children, position, rule)
+    return _typical(scores, tokens, children, position, rule)
 
 
-def _follow(best: list[int], tokens: Sequence[int], children: list[list[int]]) -> Accepted:
+def _follow(scores: Scores, tokens: Sequence[int], children: list[list[int]]) -> Accepted:
     path = [0]
     while True:
-        token = best[path[-1]]
+        token = scores.best(path[-1])
         match = next((c for c in children[path[-1]] if tokens[c] == token), None)
         if match is None:
             return Accepted(path, token)
@@ -79,7 +95,7 @@ def _follow(best: list[int], tokens: Sequence[int], children: list[list[int]]) -
 
 
 def _sample_and_match(
-    logits: Tensor,
+    scores: Scores,
     tokens: Sequence[int],
     children: list[list[int]],
     position: int,
@@ -92,7 +108,7 @@ def _sample_and_match(
     path = [0]
     while True:
         node = path[-1]
-        probs = _nucleus(_softmax(logits[node], rule.temperature), rule.top_p)
+        probs = _nucleus(_softmax(scores.logits(node), rule.temperature), rule.top_p)
         token = _draw(probs, uniform(rule.seed, position + len(path)))
         match = next((c for c in children[node] if tokens[c] == token), None)
         if match is None:
@@ -101,7 +117,7 @@ def _sample_and_match(
 
 
 def _typical(
-    logits: Tensor,
+    scores: Scores,
     tokens: Sequence[int],
     children: list[list[int]],
     position: int,
@@ -115,7 +131,7 @@ def _typical(
     while open_paths:
         length, score, path = open_paths.pop()
         best = max(best, (length, score, path), key=lambda found: found[:2])
-        probs = _softmax(logits[path[-1]], rule.temperature)
+        probs = _softmax(scores.logits(path[-1]), rule.temperature)
         bar = _typical_bar(probs, rule)
         judged[path[-1]] = probs, bar
         for child in children[path[-1]]:

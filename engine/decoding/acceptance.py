@@ -12,12 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from engine.decoding.calibrate import MISS, Path, Ranks, hit_path
+from engine.decoding.calibrate import MISS, Path, Ranks, hit_path, steps
 
 CANDIDATES = 10
 """Candidates of each head that are looked at."""
 MAX_DRAFTED = 63
 """Nodes besides the root of the largest tree that is made of counts."""
+USUAL_DRAFTED = 15
+"""Nodes besides the root of the tree whose steps a calibration counts."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,17 @@ def count(positions: Iterable[Ranks], num_heads: int) -> Acceptance:
             hits[depth][rank] += 1
     order = sorted(paths.items(), key=lambda node: (-node[1], len(node[0]), node[0]))
     return Acceptance(tuple(seen), tuple(map(tuple, hits)), tuple(order[:MAX_DRAFTED]))
+
+
+def calibrated(answers: Sequence[Sequence[Ranks]], num_heads: int) -> Acceptance:
+    """Counts of the steps that a tree of a usual size takes through `answers` (see calibrate.py).
+
+    Not of all positions: a step skips those behind tokens that the heads were right about, which
+    are easier than others, so that trees would promise some 5 % more than they hold.
+    """
+    counted = count((ranks for ranks, _ in steps(answers, [])), num_heads)
+    usual = [path for path, _ in counted.paths[:USUAL_DRAFTED]]
+    return count((ranks for ranks, _ in steps(answers, usual)), num_heads)
 
 
 def guessed(num_heads: int) -> Acceptance:

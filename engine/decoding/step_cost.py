@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
+from itertools import accumulate
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Row counts that a cost is kept of; others lie between two of them."""
@@ -29,17 +31,29 @@ class StepCost:
         self._pace: float | None = None
 
     def calibrate(self, measured: dict[int, float], *, undrafted: float) -> None:
-        """Begin from steps measured one by one.
+        """Begin from steps measured one by one; what cannot be a duration is left out.
 
         Args:
             measured: seconds of steps that ended with drafting, by their rows; of one row at least.
             undrafted: seconds of a step of one row without.
         """
-        first = min(measured)
-        self._draft = max(0.0, measured[first] - undrafted)
-        known = sorted((rows, max(s - self._draft, 1e-9)) for rows, s in measured.items())
-        self._cost = [_between(known, rows) for rows in ROWS]
+        known = sorted((rows, s) for rows, s in measured.items() if _is_duration(s))
+        if len(known) < 2:  # how sizes compare cannot be told: the guess stays
+            for rows, s in known:
+                self.learn(rows, s, drafted=True)
+            return
+        # A larger step is no cheaper: one that seems to be tells that the smaller was held up.
+        least = [*accumulate((s for _, s in reversed(known)), min)][::-1]
+        if known[0][0] == 1 and _is_duration(undrafted):
+            self._draft = max(0.0, least[0] - undrafted)
+        curve = [(rows, s - self._draft) for (rows, _), s in zip(known, least, strict=True)]
+        self._cost = [_between(curve, rows) for rows in ROWS]
         self._pace = 1.0
+
+    @property
+    def measured(self) -> bool:
+        """Whether `seconds` are seconds by now."""
+        return self._pace is not None
 
     def seconds(self, rows: int, *, drafted: bool) -> float:
         """A step of so many rows, at the present pace; relative only before the first step."""
@@ -47,6 +61,8 @@ class StepCost:
 
     def learn(self, rows: int, seconds: float, *, drafted: bool) -> None:
         """A step of the tree in use took so long."""
+        if not _is_duration(seconds):
+            return
         pace = seconds / self._relative(rows, drafted)
         if self._pace is None:
             self._pace = pace
@@ -59,7 +75,7 @@ class StepCost:
 
         With the rows in use, it is the drafting that differed.
         """
-        if self._pace is None:
+        if self._pace is None or not _is_duration(seconds):
             return
         expected = self._relative(rows, drafted)
         error = TRUST * (min(seconds / self._pace, HELD_UP * expected) - expected)
@@ -67,11 +83,17 @@ class StepCost:
             self._draft = max(0.0, self._draft + (error if drafted else -error))
             return
         for at, share in _places(rows):
-            self._cost[at] = max(1e-9, self._cost[at] + share * error)
+            # Whatever the clock says, a step does not cost nothing.
+            self._cost[at] = max(0.5 * self._cost[at], self._cost[at] + share * error)
 
     def _relative(self, rows: int, drafted: bool) -> float:
         cost = sum(share * self._cost[at] for at, share in _places(rows))
         return cost + (self._draft if drafted else 0.0)
+
+
+def _is_duration(seconds: float) -> bool:
+    """Not of a clock that stood still, and no NaN."""
+    return 0.0 < seconds < math.inf
 
 
 def _places(rows: int) -> list[tuple[int, float]]:

@@ -30,7 +30,7 @@ PLAIN_DRAFT_EVERY = 16
 ADVANTAGE = 1.03
 """Another tree has to promise so much more than the one in use: estimates move all the time."""
 CALIBRATED_WEIGHT, GUESSED_WEIGHT = 32.0, 8.0
-"""Steps that a calibration, and a guess, count as much as."""
+"""Steps that a calibration, at most, and a guess count as much as."""
 
 
 class Drafting(Protocol):
@@ -96,15 +96,16 @@ class TreeTuner:
 
     Args:
         num_heads: of the engine; one at least.
-        calibration: counts stored beside the heads; a guess where there are none.
+        calibration: counts stored beside the heads; a guess where there are none, or of fewer
+            heads.
     """
 
     def __init__(self, num_heads: int, calibration: Acceptance | None = None) -> None:
-        if calibration is not None and calibration.num_heads < num_heads:
-            calibration = None
-        start = calibration.first(num_heads) if calibration else guessed(num_heads)
-        weight = CALIBRATED_WEIGHT if calibration else GUESSED_WEIGHT
-        self._live = LiveAcceptance(start, weight=weight)
+        if calibration is None or calibration.num_heads < num_heads or not calibration.seen[0]:
+            self._live = LiveAcceptance(guessed(num_heads), weight=GUESSED_WEIGHT)
+        else:
+            start = calibration.first(num_heads)
+            self._live = LiveAcceptance(start, weight=min(CALIBRATED_WEIGHT, start.seen[0]))
         self.cost = StepCost()
         self.tree = ROOT_ONLY
         self._sequences = 1
@@ -133,6 +134,8 @@ class TreeTuner:
         Args:
             measured: seconds of steps with drafting, by the nodes of their tree.
             undrafted: seconds of a step of one node without.
+
+        What is no duration is passed over; the first steps then tell what is missing.
         """
         self.cost.calibrate(measured, undrafted=undrafted)
         self.tree = ROOT_ONLY
@@ -157,13 +160,15 @@ class TreeTuner:
         in_use = self._sequences * self.tree.size
         if rows != self._sequences * tree.size:
             return  # nothing had been drafted for some of the sequences
-        if tree is self.tree and drafted == (tree.size > 1):
+        if tree.size == self.tree.size and drafted == (tree.size > 1):
             self.cost.learn(rows, seconds, drafted=drafted)
         else:
             self.cost.compare(rows, seconds, drafted=drafted, in_use=in_use)
 
     def news(self) -> TreeChosen | None:
-        """See Drafting."""
+        """See Drafting; nothing before a step was timed."""
+        if not self.cost.measured:
+            return None
         news, self._news = self._news, None
         return news
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -30,6 +31,7 @@ from engine.model.medusa import MedusaLlamaForCausalLM, RootBlock
 from engine.model.quantize import QuantizedLinear
 from engine.pipeline.batch import Entry
 
+LINEARS = (nn.Linear, QuantizedLinear)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 """Sizes that `attend_any` of layers.cpp is compiled for."""
 
@@ -38,10 +40,12 @@ class NativeForward:
     """Runs the layers, `lm_head` and heads of a quantized stage on a CPU.
 
     A row's values do not depend on the rows beside it, so greedy answers are the same with any
-    tree, split and batch.
+    tree, split and batch. The modules give their quantized weights away.
 
     Raises NoKernelsError where the kernels cannot be had.
     """
+
+    by_row = True
 
     def __init__(self, model: MedusaLlamaForCausalLM, threads: int) -> None:
         config = model.config
@@ -60,9 +64,11 @@ class NativeForward:
             eps=config.rms_norm_eps,
         )
         self._half = config.head_dim // 2
+        self.packed_bytes = sum(layer.nbytes for layer in layers)
         if hasattr(model, "lm_head"):
             self._lm_head = _pack(model.lm_head)
             self._heads = _Heads(model, self._kernels, self._lm_head)
+            self.packed_bytes += self._lm_head.nbytes + self._heads.nbytes
 
     def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
         """As MedusaLlamaForCausalLM.forward: tokens int64 [rows] or hidden states, to hidden."""
@@ -82,6 +88,10 @@ class NativeForward:
         out = self._kernels.linear(self._lm_head, hidden)
         return out[:, : self._model.config.vocab_size]
 
+    def best(self, hidden: Tensor) -> list[int]:
+        """See Forward; the logits themselves are never stored."""
+        return self._kernels.best(self._lm_head, hidden, self._model.config.vocab_size)
+
     def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
         """As MedusaLlamaForCausalLM.draft."""
         return self._heads.draft(hidden, roots, k)
@@ -93,7 +103,14 @@ class _Heads:
     def __init__(
         self, model: MedusaLlamaForCausalLM, kernels: Kernels, lm_head: PackedLinear
     ) -> None:
-        self._model, self._kernels, self._lm_head = model, kernels, lm_head
+        self._model, self._kernels = model, kernels
+        self._tied = self._lm_head = lm_head
+        self._width = model.heads.vocab_size or model.config.vocab_size
+        self.nbytes = 0
+        if model.draft_head is not None:
+            self._width = len(model.heads.token_map or ())
+            self._lm_head = _pack(model.draft_head)
+            self.nbytes += self._lm_head.nbytes
         self._packed: list[dict[str, list[PackedLinear]]] = []
         for blocks in zip(*model.medusa_head, strict=True) if model.heads.num_heads else ():
             if _is_linear(blocks[0]):
@@ -103,6 +120,8 @@ class _Heads:
             self._packed.append(
                 {name: [_pack(getattr(block, name)) for block in blocks] for name in names}
             )
+        lists = [each for parts in self._packed for each in parts.values()]
+        self.nbytes += sum(packed.nbytes for each in lists for packed in each)
 
     def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
         model, heads, run = self._model, self._model.heads, self._kernels.linears
@@ -110,20 +129,26 @@ class _Heads:
         x = hidden.expand(heads.num_heads, *hidden.shape)
         for parts in self._packed:
             if "fc1" in parts:
-                both = RootBlock.both(hidden, model.embed_root(roots))
+                both = RootBlock.both(hidden, self._embed(roots))
                 inner = F.silu(run(parts["fc1"], both.expand(heads.num_heads, *both.shape)))
                 x = x + run(parts["fc2"], inner)[..., :width]
             elif "linear" in parts:
                 x = x + F.silu(run(parts["linear"], x)[..., :width])
             else:
-                x = run(parts["output"], x)[..., : heads.vocab_size]
+                x = run(parts["output"], x)
+        x = x.flatten(0, 1)
         if heads.vocab_size is None:
-            flat = self._kernels.linear(self._lm_head, x.flatten(0, 1))
-            x = flat[:, : model.config.vocab_size].view(heads.num_heads, len(hidden), -1)
-        best = x.topk(k, dim=-1).indices
-        if heads.token_map is not None:
-            best = torch.tensor(heads.token_map)[best]
-        return best.transpose(0, 1)
+            x = self._kernels.linear(self._lm_head, x)
+        best = self._kernels.top(x, self._width, k)
+        if (token_map := model.draft_tokens) is not None:
+            best = token_map[best]
+        return best.view(heads.num_heads, len(hidden), k).transpose(0, 1)
+
+    def _embed(self, roots: Tensor) -> Tensor:
+        model = self._model
+        if hasattr(model, "root_embedding") or hasattr(model.model, "embed_tokens"):
+            return model.embed_root(roots)
+        return self._tied.rows(roots)
 
 
 def _problem(config: ModelConfig) -> str:
@@ -136,12 +161,15 @@ def _problem(config: ModelConfig) -> str:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | QuantizedLinear)
+    return isinstance(module, LINEARS)
 
 
 def _pack(module: nn.Module) -> PackedLinear:
+    """The layer as the kernels have it; a quantized one gives its weights away."""
     if isinstance(module, QuantizedLinear):
-        return pack(module.weight, module.scale, module.bias, module.passes)
+        packed = pack(module.weight, module.scale, module.bias, module.crest)
+        module.weight = module.weight.new_empty(0)
+        return packed
     assert isinstance(module, nn.Linear)
     return pack(module.weight, None, module.bias)
 
@@ -152,13 +180,16 @@ def _pack_layer(layer: LlamaDecoderLayer) -> PackedLayer:
     both = mlp.gate_up_proj
     weight = interleave(*both.weight.chunk(2))
     bias = None if both.bias is None else interleave(*both.bias.chunk(2))
-    scale = interleave(*both.scale.chunk(2)) if isinstance(both, QuantizedLinear) else None
+    scale, crest = None, math.inf
+    if isinstance(both, QuantizedLinear):
+        scale, crest = interleave(*both.scale.chunk(2)), both.crest
+        both.weight = both.weight.new_empty(0)
     return PackedLayer(
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,
         _pack(attention.qkv_proj),
         _pack(attention.o_proj),
-        pack(weight, scale, bias),
+        pack(weight, scale, bias, crest),
         _pack(mlp.down_proj),
     )
 

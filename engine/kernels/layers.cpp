@@ -30,7 +30,7 @@ struct Linear {
   const int32_t* offset;  // [out]: -128 times the sum of the output's weights
   const float* bias;      // [out], or null
   int32_t in, out;        // padded to 16
-  int32_t passes;         // 2: the input is rounded twice, the second time what the first left over
+  float crest;            // rows that peak higher are rounded in two digits; see `round_rows`
 };
 
 struct Layer {
@@ -131,6 +131,7 @@ struct Span {
   Span(int count, int thread, int threads)
       : begin(int(int64_t(count) * thread / threads)),
         end(int(int64_t(count) * (thread + 1) / threads)) {}
+  Span(int begin, int end) : begin(begin), end(end) {}
 };
 
 // --- one row -----------------------------------------------------------------------------------
@@ -151,14 +152,25 @@ void rms_norm(const float* x, const float* weight, float eps, int width, float* 
   }
 }
 
+// The largest magnitude of a row, and its root mean square.
+struct Range {
+  float most, rms;
+};
+
+Range range_of(const float* x, int width) {
+  __m512 most = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
+  for (int i = 0; i < width; i += 16) {
+    const __m512 v = _mm512_loadu_ps(x + i);
+    most = _mm512_max_ps(most, _mm512_abs_ps(v));
+    sum = _mm512_fmadd_ps(v, v, sum);
+  }
+  return {_mm512_reduce_max_ps(most), std::sqrt(sum_of(sum) / float(width))};
+}
+
 // Round to int8 with one scale for the row, stored with 128 added; returns the scale.
 // `rest`, where there is one, gets what rounding left over.
-float quantize(const float* x, int width, uint8_t* out, float* rest = nullptr) {
-  __m512 most = _mm512_setzero_ps();
-  for (int i = 0; i < width; i += 16)
-    most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-  const float amax = _mm512_reduce_max_ps(most);
-  const float scale = amax > 0.0f ? amax / 127.0f : 1.0f;
+float quantize(const float* x, float most, int width, uint8_t* out, float* rest = nullptr) {
+  const float scale = most > 0.0f ? most / 127.0f : 1.0f;
   const __m512 inverse = _mm512_set1_ps(1.0f / scale);
   const __m512i middle = _mm512_set1_epi32(128);
   for (int i = 0; i < width; i += 16) {
@@ -200,10 +212,21 @@ inline __m512i multiply_add(__m512i sum, __m512i a, __m512i b) {
   return sum;
 }
 
-// R rows times C blocks of 16 outputs; `store(row, block, values)` takes the float results.
-template <int R, int C, class Store>
-void int8_block(const Linear& w, int block, const uint8_t* x, int stride, const float* scales,
-                int row, Store&& store) {
+// Inputs of a product. Digits are rounded rows: first all rows', then those of some rows once more.
+struct Input {
+  const float* values;      // [rows][stride]
+  const uint8_t* rounded;   // [2 * rows][stride]
+  const float* scales;      // [2 * rows]; of a second digit zero where there is none
+  int stride;
+  int rows;
+  const int32_t* digits;    // which of the 2 * rows there are, in order
+  int count;                // of digits
+};
+
+// R digits, from the `first` on, times C blocks of 16 outputs, into (first digits) or onto the tile
+// [rows][2 * 16].
+template <int R, int C>
+void int8_block(const Linear& w, int block, const Input& in, int first, float* tile) {
   const int steps = w.in / 4;
   const int8_t* weights = static_cast<const int8_t*>(w.weight) + int64_t(block) * w.in * kCols;
   __m512i sums[R][C];
@@ -213,7 +236,7 @@ void int8_block(const Linear& w, int block, const uint8_t* x, int stride, const 
   }
   const int32_t* rows[R];
   for (int r = 0; r < R; ++r)
-    rows[r] = reinterpret_cast<const int32_t*>(x + int64_t(row + r) * stride);
+    rows[r] = reinterpret_cast<const int32_t*>(in.rounded + int64_t(in.digits[first + r]) * in.stride);
   for (int k = 0; k < steps; ++k) {
     __m512i part[C];
     for (int c = 0; c < C; ++c)
@@ -226,19 +249,24 @@ void int8_block(const Linear& w, int block, const uint8_t* x, int stride, const 
     }
   }
   for (int c = 0; c < C; ++c) {
-    const int first = (block + c) * kCols;
-    const __m512 scale = _mm512_loadu_ps(w.scale + first);
-    const __m512 bias = w.bias ? _mm512_loadu_ps(w.bias + first) : _mm512_setzero_ps();
+    const int at = (block + c) * kCols;
+    const __m512 scale = _mm512_loadu_ps(w.scale + at);
+    const __m512 bias = w.bias ? _mm512_loadu_ps(w.bias + at) : _mm512_setzero_ps();
     for (int r = 0; r < R; ++r) {
-      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(scales[row + r]));
-      store(row + r, c, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][c]), both, bias));
+      const int digit = in.digits[first + r];
+      const bool second = digit >= in.rows;
+      float* place = tile + (second ? digit - in.rows : digit) * 2 * kCols + c * kCols;
+      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in.scales[digit]));
+      const __m512 onto = second ? _mm512_loadu_ps(place) : bias;
+      _mm512_storeu_ps(place, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][c]), both, onto));
     }
   }
 }
 
-template <int R, int C, class Store>
-void float_block(const Linear& w, int block, const float* x, int stride, int row, Store&& store) {
+template <int R, int C>
+void float_block(const Linear& w, int block, const Input& in, int first, float* tile) {
   const float* weights = static_cast<const float*>(w.weight) + int64_t(block) * w.in * kCols;
+  const float* x = in.values + int64_t(first) * in.stride;
   __m512 sums[R][C];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r)
@@ -247,91 +275,112 @@ void float_block(const Linear& w, int block, const float* x, int stride, int row
     for (int c = 0; c < C; ++c) {
       const __m512 part = _mm512_loadu_ps(weights + (int64_t(c) * w.in + k) * kCols);
       for (int r = 0; r < R; ++r)
-        sums[r][c] = _mm512_fmadd_ps(
-            _mm512_set1_ps(x[int64_t(row + r) * stride + k]), part, sums[r][c]);
+        sums[r][c] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * in.stride + k]), part, sums[r][c]);
     }
   for (int c = 0; c < C; ++c)
-    for (int r = 0; r < R; ++r) store(row + r, c, sums[r][c]);
+    for (int r = 0; r < R; ++r)
+      _mm512_storeu_ps(tile + (first + r) * 2 * kCols + c * kCols, sums[r][c]);
 }
 
-struct Input {
-  const float* values;      // [rows][stride]
-  const uint8_t* rounded;   // [passes * rows][stride]
-  const float* scales;      // [passes * rows]
-  int stride;
-};
-
-// Round some of `count` rows for `w`; `rest` has room for one row.
-void round_rows(const Linear& w, const float* x, Span mine, int count, uint8_t* rounded,
+// Round some of `rows` rows for `w`. A row that peaks beyond `crest` times its root mean square gets
+// a second digit, of what the first one left over: otherwise one outlier would leave the rest of the
+// row few of the 255 steps. `rest` has room for one row.
+void round_rows(const Linear& w, const float* x, Span mine, int rows, uint8_t* rounded,
                 float* scales, float* rest) {
   if (!w.scale) return;
   const int64_t in = w.in;
   for (int r = mine.begin; r < mine.end; ++r) {
-    const bool twice = w.passes == 2;
-    scales[r] = quantize(x + r * in, w.in, rounded + r * in, twice ? rest : nullptr);
-    if (twice) scales[count + r] = quantize(rest, w.in, rounded + (count + r) * in);
+    const Range range = range_of(x + r * in, w.in);
+    const bool twice = range.most > w.crest * range.rms;
+    scales[r] = quantize(x + r * in, range.most, w.in, rounded + r * in, twice ? rest : nullptr);
+    scales[rows + r] = 0.0f;
+    if (twice)
+      scales[rows + r] =
+          quantize(rest, range_of(rest, w.in).most, w.in, rounded + (rows + r) * in);
   }
 }
 
-template <int R, int C, class Store>
-void one_block(const Linear& w, int block, const Input& in, int row, Store&& store) {
+// The digits there are, of rows that all are rounded; `digits` has room for 2 * rows.
+Input input_of(const Linear& w, const float* x, int rows, const uint8_t* rounded,
+               const float* scales, int32_t* digits) {
+  int count = 0;
+  for (int r = 0; r < rows; ++r) digits[count++] = r;
   if (w.scale)
-    int8_block<R, C>(w, block, in.rounded, in.stride, in.scales, row, store);
+    for (int r = rows; r < 2 * rows; ++r)
+      if (scales[r] != 0.0f) digits[count++] = r;
+  return {x, rounded, scales, w.in, rows, digits, count};
+}
+
+template <int R, int C>
+void one_block(const Linear& w, int block, const Input& in, int first, float* tile) {
+  if (w.scale)
+    int8_block<R, C>(w, block, in, first, tile);
   else
-    float_block<R, C>(w, block, in.values, in.stride, row, store);
+    float_block<R, C>(w, block, in, first, tile);
 }
 
 // All rows times C blocks: the weights come from memory once.
-template <int C, class Store>
-void all_rows(const Linear& w, int block, const Input& in, int rows, Store&& store) {
+template <int C>
+void all_rows(const Linear& w, int block, const Input& in, float* tile) {
   // Evenly: a last pass for a single row would cost as much as one for several.
-  const int passes = (rows + kRows - 1) / kRows;
+  const int passes = (in.count + kRows - 1) / kRows;
   for (int pass = 0; pass < passes; ++pass) {
-    const int row = rows * pass / passes;
-    switch (rows * (pass + 1) / passes - row) {
-      case 1: one_block<1, C>(w, block, in, row, store); break;
-      case 2: one_block<2, C>(w, block, in, row, store); break;
-      case 3: one_block<3, C>(w, block, in, row, store); break;
-      case 4: one_block<4, C>(w, block, in, row, store); break;
-      case 5: one_block<5, C>(w, block, in, row, store); break;
-      case 6: one_block<6, C>(w, block, in, row, store); break;
-      case 7: one_block<7, C>(w, block, in, row, store); break;
-      case 8: one_block<8, C>(w, block, in, row, store); break;
-      case 9: one_block<9, C>(w, block, in, row, store); break;
-      case 10: one_block<10, C>(w, block, in, row, store); break;
-      case 11: one_block<11, C>(w, block, in, row, store); break;
-      default: one_block<12, C>(w, block, in, row, store); break;
+    const int first = in.count * pass / passes;
+    switch (in.count * (pass + 1) / passes - first) {
+      case 1: one_block<1, C>(w, block, in, first, tile); break;
+      case 2: one_block<2, C>(w, block, in, first, tile); break;
+      case 3: one_block<3, C>(w, block, in, first, tile); break;
+      case 4: one_block<4, C>(w, block, in, first, tile); break;
+      case 5: one_block<5, C>(w, block, in, first, tile); break;
+      case 6: one_block<6, C>(w, block, in, first, tile); break;
+      case 7: one_block<7, C>(w, block, in, first, tile); break;
+      case 8: one_block<8, C>(w, block, in, first, tile); break;
+      case 9: one_block<9, C>(w, block, in, first, tile); break;
+      case 10: one_block<10, C>(w, block, in, first, tile); break;
+      case 11: one_block<11, C>(w, block, in, first, tile); break;
+      default: one_block<12, C>(w, block, in, first, tile); break;
     }
   }
 }
 
-// out[row][col] = or += product; the thread's share of the outputs.
-template <bool Add>
-void product(const Linear& w, const Input& in, int rows, float* out, int stride, Span blocks) {
+// The thread's share of the outputs, up to two blocks at a time: use(block, blocks) finds them in
+// the tile.
+template <class Use>
+void product(const Linear& w, const Input& in, Span blocks, float* tile, Use&& use) {
   int block = blocks.begin;
-  const int all = w.scale ? rows * w.passes : rows;
-  auto put = [&](int at) {
-    return [=](int row, int c, __m512 v) {
-      // A row's second pass comes after its first, and adds to it.
-      const bool second = row >= rows;
-      float* place = out + int64_t(second ? row - rows : row) * stride + (at + c) * kCols;
-      if (Add || second) v = _mm512_add_ps(_mm512_loadu_ps(place), v);
-      _mm512_storeu_ps(place, v);
-    };
-  };
-  for (; block + 2 <= blocks.end; block += 2) all_rows<2>(w, block, in, all, put(block));
-  if (block < blocks.end) all_rows<1>(w, block, in, all, put(block));
+  for (; block + 2 <= blocks.end; block += 2) {
+    all_rows<2>(w, block, in, tile);
+    use(block, 2);
+  }
+  if (block < blocks.end) {
+    all_rows<1>(w, block, in, tile);
+    use(block, 1);
+  }
+}
+
+// out[row][col] = or += product.
+template <bool Add>
+void product_into(const Linear& w, const Input& in, Span blocks, float* tile, float* out) {
+  product(w, in, blocks, tile, [&](int block, int n) {
+    for (int r = 0; r < in.rows; ++r)
+      for (int c = 0; c < n; ++c) {
+        float* place = out + int64_t(r) * w.out + (block + c) * kCols;
+        __m512 v = _mm512_loadu_ps(tile + (r * 2 + c) * kCols);
+        if (Add) v = _mm512_add_ps(_mm512_loadu_ps(place), v);
+        _mm512_storeu_ps(place, v);
+      }
+  });
 }
 
 // Blocks come in pairs, 16 gates and their 16 ups: out[row][col] = silu(gate) * up.
-void gated_product(const Linear& w, const Input& in, int rows, float* out, int stride, Span pairs) {
-  for (int pair = pairs.begin; pair < pairs.end; ++pair) {
-    all_rows<2>(w, 2 * pair, in, rows, [&](int row, int c, __m512 v) {
-      float* place = out + int64_t(row) * stride + pair * kCols;
-      v = c ? _mm512_mul_ps(silu(_mm512_loadu_ps(place)), v) : v;
-      _mm512_storeu_ps(place, v);
-    });
-  }
+void gated_product(const Linear& w, const Input& in, Span pairs, float* tile, float* out) {
+  product(w, in, {2 * pairs.begin, 2 * pairs.end}, tile, [&](int block, int) {
+    for (int r = 0; r < in.rows; ++r) {
+      const __m512 gate = _mm512_loadu_ps(tile + r * 2 * kCols);
+      const __m512 up = _mm512_loadu_ps(tile + (r * 2 + 1) * kCols);
+      _mm512_storeu_ps(out + int64_t(r) * (w.out / 2) + block / 2 * kCols, _mm512_mul_ps(silu(gate), up));
+    }
+  });
 }
 
 // --- attention ---------------------------------------------------------------------------------
@@ -487,8 +536,9 @@ void attend_any(int parts, const Query* queries, int count, const float* k, cons
 }
 
 struct Buffers {
-  float *normed, *qkv, *attended, *gated, *scales, *rest, *scores;
+  float *normed, *qkv, *attended, *gated, *scales, *rest, *scores, *tiles;
   uint8_t* rounded;
+  int32_t* digits;
   int score_room;
 };
 
@@ -504,7 +554,8 @@ int64_t jupiter_scratch(const Model* m, int rows, int keys, int threads) {
   const int64_t width = (m->heads + 2 * m->kv_heads) * m->head_dim;
   const int64_t widest = std::max(m->inner, std::max(m->hidden, int(width)));
   const int64_t row = m->hidden + width + m->heads * m->head_dim + m->inner + 2;
-  const int64_t thread = (m->heads / m->kv_heads) * (keys + 32 + m->head_dim) + widest;
+  const int64_t thread = (m->heads / m->kv_heads) * (keys + 32 + m->head_dim) + widest +
+                         rows * (2 * kCols + 2);
   return 4 * (rows * row + threads * thread) + 2 * rows * widest + 4096;
 }
 
@@ -526,6 +577,8 @@ void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, 
   b.rest = take(int64_t(pool->threads()) * widest);
   b.score_room = keys + 32;
   b.scores = take(int64_t(pool->threads()) * groups * (b.score_room + d));
+  b.tiles = take(int64_t(pool->threads()) * rows * 2 * kCols);
+  b.digits = reinterpret_cast<int32_t*>(take(int64_t(pool->threads()) * rows * 2));
   b.rounded = reinterpret_cast<uint8_t*>(take(0));
 
   pool->run([&](int thread) {
@@ -533,10 +586,11 @@ void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, 
     const Span mine(rows, thread, threads);
     float* scores = b.scores + int64_t(thread) * groups * (b.score_room + d);
     float* turned = scores + int64_t(groups) * b.score_room;
-    auto round = [&](const float* values, int columns, const Linear& w) {
+    float* tile = b.tiles + int64_t(thread) * rows * 2 * kCols;
+    auto round = [&](const float* values, const Linear& w) {
       round_rows(w, values, mine, rows, b.rounded, b.scales, b.rest + int64_t(thread) * widest);
       pool->barrier();
-      return Input{values, b.rounded, b.scales, columns};
+      return input_of(w, values, rows, b.rounded, b.scales, b.digits + int64_t(thread) * rows * 2);
     };
     auto blocks = [&](const Linear& w) { return Span(w.out / kCols, thread, threads); };
     auto norm = [&](const float* weight) {
@@ -546,7 +600,7 @@ void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, 
     for (int l = 0; l < count; ++l) {
       const Layer& layer = layers[l];
       norm(layer.input_norm);
-      product<false>(layer.qkv, round(b.normed, m->hidden, layer.qkv), rows, b.qkv, width, blocks(layer.qkv));
+      product_into<false>(layer.qkv, round(b.normed, layer.qkv), blocks(layer.qkv), tile, b.qkv);
       pool->barrier();
       for (int r = mine.begin; r < mine.end; ++r) {
         const float* row = b.qkv + int64_t(r) * width;
@@ -575,13 +629,13 @@ void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, 
         attend_any(d / 16, queries, together, at[r].k + head, at[r].v + head, seen);
       }
       pool->barrier();
-      product<true>(layer.o, round(b.attended, q_width, layer.o), rows, x, m->hidden, blocks(layer.o));
+      product_into<true>(layer.o, round(b.attended, layer.o), blocks(layer.o), tile, x);
       pool->barrier();
       norm(layer.post_norm);
-      gated_product(layer.gate_up, round(b.normed, m->hidden, layer.gate_up), rows, b.gated, m->inner,
-                    Span(layer.gate_up.out / (2 * kCols), thread, threads));
+      gated_product(layer.gate_up, round(b.normed, layer.gate_up),
+                    Span(layer.gate_up.out / (2 * kCols), thread, threads), tile, b.gated);
       pool->barrier();
-      product<true>(layer.down, round(b.gated, m->inner, layer.down), rows, x, m->hidden, blocks(layer.down));
+      product_into<true>(layer.down, round(b.gated, layer.down), blocks(layer.down), tile, x);
       pool->barrier();
     }
   });
@@ -601,11 +655,10 @@ void jupiter_linears(Pool* pool, const Linear* w, int count, const float* x, int
   pool->run([&](int thread) {
     const Span mine(rows * count, thread, pool->threads());
     const int in = w->in, width = w->out;
-    std::vector<float> rest(in);
+    std::vector<float> rest(in), tile(rows * 2 * kCols);
+    std::vector<int32_t> digits(2 * rows);
     for (int i = mine.begin / rows; i * rows < mine.end; ++i) {
-      Span part = mine;
-      part.begin = std::max(mine.begin - i * rows, 0);
-      part.end = std::min(mine.end - i * rows, rows);
+      const Span part(std::max(mine.begin - i * rows, 0), std::min(mine.end - i * rows, rows));
       const int64_t at = int64_t(i) * rows;
       round_rows(w[i], x + at * in, part, rows, rounded + 2 * at * in, scales + 2 * at, rest.data());
     }
@@ -613,13 +666,88 @@ void jupiter_linears(Pool* pool, const Linear* w, int count, const float* x, int
     const int blocks = width / kCols;
     const Span all(blocks * count, thread, pool->threads());
     for (int i = all.begin / blocks; i * blocks < all.end; ++i) {
-      Span part = all;
-      part.begin = std::max(all.begin - i * blocks, 0);
-      part.end = std::min(all.end - i * blocks, blocks);
+      const Span part(std::max(all.begin - i * blocks, 0), std::min(all.end - i * blocks, blocks));
       const int64_t at = int64_t(i) * rows;
-      const Input input{x + at * in, rounded + 2 * at * in, scales + 2 * at, in};
-      product<false>(w[i], input, rows, out + at * width, width, part);
+      const Input input =
+          input_of(w[i], x + at * in, rows, rounded + 2 * at * in, scales + 2 * at, digits.data());
+      product_into<false>(w[i], input, part, tile.data(), out + at * width);
     }
   });
+}
+
+// For each row the output with the largest value, the first of equal ones; the values themselves are
+// never stored. `outputs`: how many are real, not padding. `rounded`, `scales` as above.
+void jupiter_best(Pool* pool, const Linear* w, const float* x, int rows, int outputs, int32_t* best,
+                  uint8_t* rounded, float* scales) {
+  const int threads = pool->threads();
+  std::vector<float> tops(threads * rows);
+  std::vector<int32_t> places(threads * rows);
+  pool->run([&](int thread) {
+    std::vector<float> rest(w->in), tile(rows * 2 * kCols), values(rows * kCols, -INFINITY);
+    std::vector<int32_t> digits(2 * rows), found(rows * kCols, 0);
+    round_rows(*w, x, Span(rows, thread, threads), rows, rounded, scales, rest.data());
+    pool->barrier();
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i end = _mm512_set1_epi32(outputs);
+    const Input input = input_of(*w, x, rows, rounded, scales, digits.data());
+    product(*w, input, Span(w->out / kCols, thread, threads), tile.data(), [&](int block, int n) {
+      for (int c = 0; c < n; ++c) {
+        const __m512i place = _mm512_add_epi32(lanes, _mm512_set1_epi32((block + c) * kCols));
+        const __mmask16 real = _mm512_cmplt_epi32_mask(place, end);
+        for (int r = 0; r < rows; ++r) {
+          const __m512 v = _mm512_loadu_ps(tile.data() + (r * 2 + c) * kCols);
+          float* top = values.data() + r * kCols;
+          const __mmask16 more =
+              _mm512_mask_cmp_ps_mask(real, v, _mm512_loadu_ps(top), _CMP_GT_OQ);
+          _mm512_mask_storeu_ps(top, more, v);
+          _mm512_mask_storeu_epi32(found.data() + r * kCols, more, place);
+        }
+      }
+    });
+    for (int r = 0; r < rows; ++r) {
+      int at = r * kCols;
+      for (int i = r * kCols; i < (r + 1) * kCols; ++i)
+        if (values[i] > values[at] || (values[i] == values[at] && found[i] < found[at])) at = i;
+      tops[thread * rows + r] = values[at];
+      places[thread * rows + r] = found[at];
+    }
+  });
+  for (int r = 0; r < rows; ++r) {
+    int at = r;  // threads have rising outputs: the first of equal ones stays
+    for (int t = 1; t < threads; ++t)
+      if (tops[t * rows + r] > tops[at]) at = t * rows + r;
+    best[r] = places[at];
+  }
+}
+
+// For each row of float [rows][stride] the places of its k largest of `width` values, falling; of
+// equal ones the first comes first.
+void jupiter_top(const float* x, int rows, int width, int stride, int k, int32_t* out) {
+  std::vector<float> values(k);
+  for (int r = 0; r < rows; ++r) {
+    const float* row = x + int64_t(r) * stride;
+    int32_t* places = out + int64_t(r) * k;
+    int count = 0;
+    auto insert = [&](int place) {
+      int at = count < k ? count++ : k - 1;
+      for (; at > 0 && row[place] > values[at - 1]; --at) {
+        values[at] = values[at - 1];
+        places[at] = places[at - 1];
+      }
+      values[at] = row[place];
+      places[at] = place;
+    };
+    const int filled = std::min(width, k);
+    for (int i = 0; i < filled; ++i) insert(i);
+    for (int i = filled; i < width; i += 16) {
+      const __mmask16 real = width - i < 16 ? __mmask16((1u << (width - i)) - 1) : __mmask16(-1);
+      const __m512 v = _mm512_maskz_loadu_ps(real, row + i);
+      unsigned more = _mm512_mask_cmp_ps_mask(real, v, _mm512_set1_ps(values[k - 1]), _CMP_GT_OQ);
+      for (; more; more &= more - 1) {
+        const int place = i + __builtin_ctz(more);
+        if (row[place] > values[k - 1]) insert(place);
+      }
+    }
+  }
 }
 }

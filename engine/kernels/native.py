@@ -6,6 +6,7 @@ All tensors are on the CPU; what the C++ side holds are pointers into tensors th
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ P = ctypes.c_void_p
 class _Linear(ctypes.Structure):
     _fields_ = (
         ("weight", P), ("scale", P), ("offset", P), ("bias", P),
-        ("n_in", ctypes.c_int32), ("n_out", ctypes.c_int32), ("passes", ctypes.c_int32),
+        ("n_in", ctypes.c_int32), ("n_out", ctypes.c_int32), ("crest", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -60,20 +61,33 @@ class PackedLinear:
     n_in: int
     n_out: int
     """Padded to 16."""
-    passes: int = 1
-    """2: inputs are rounded twice, to about 15 bits; for inputs with outliers."""
+    crest: float = math.inf
+    """Rows of inputs that peak higher get a second digit, as in QuantizedLinear."""
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """The weights of some outputs, int64 [n] -> float32 [n, in]."""
+        if self.scale is None:
+            return self.weight[outputs // COLS, :, outputs % COLS]
+        found = self.weight[outputs // COLS, :, outputs % COLS].flatten(1)
+        return found.float() * self.scale[outputs, None]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        parts = (self.weight, self.scale, self.offset, self.bias)
+        return sum(part.nbytes for part in parts if part is not None)
 
     @property
     def struct(self) -> _Linear:
         """What C++ sees; valid as long as this object lives."""
         return _Linear(
             _pointer(self.weight), _pointer(self.scale), _pointer(self.offset),
-            _pointer(self.bias), self.n_in, self.n_out, self.passes,
+            _pointer(self.bias), self.n_in, self.n_out, self.crest,
         )  # fmt: skip
 
 
 def pack(
-    weight: Tensor, scale: Tensor | None, bias: Tensor | None = None, passes: int = 1
+    weight: Tensor, scale: Tensor | None, bias: Tensor | None = None, crest: float = math.inf
 ) -> PackedLinear:
     """Lay out a linear layer: int8 [out, in] with float scales [out], or float [out, in].
 
@@ -96,7 +110,7 @@ def pack(
         offset = weight.sum(dim=1, dtype=torch.int32) * -128
         scale = scale.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    return PackedLinear(packed, scale, offset, bias, n_in, rows, passes)
+    return PackedLinear(packed, scale, offset, bias, n_in, rows, crest)
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
@@ -115,6 +129,11 @@ class PackedLayer:
     o: PackedLinear
     gate_up: PackedLinear
     down: PackedLinear
+
+    @property
+    def nbytes(self) -> int:
+        """Of its products."""
+        return sum(product.nbytes for product in (self.qkv, self.o, self.gate_up, self.down))
 
     @property
     def struct(self) -> _Layer:
@@ -159,6 +178,34 @@ class Kernels:
         if hasattr(self, "_pool"):
             self._lib.jupiter_pool_free(self._pool)
 
+    def best(self, w: PackedLinear, x: Tensor, outputs: int) -> list[int]:
+        """Of float32 [rows, in] each row's largest of the first `outputs` outputs."""
+        x = x.contiguous()
+        found = np.empty(len(x), np.int32)
+        rounded, scales = self._rounding(w, len(x))
+        self._lib.jupiter_best(
+            self._pool, ctypes.byref(w.struct), P(x.data_ptr()), len(x), outputs,
+            P(found.ctypes.data), rounded, scales,
+        )  # fmt: skip
+        return found.tolist()
+
+    def top(self, x: Tensor, width: int, k: int) -> Tensor:
+        """Places of the k largest of the first `width` values of each row, int32 [rows, k].
+
+        x: float32 [rows, at least `width`], contiguous.
+        """
+        found = torch.empty(len(x), k, dtype=torch.int32)
+        self._lib.jupiter_top(P(x.data_ptr()), len(x), width, x.shape[1], k, P(found.data_ptr()))
+        return found
+
+    def _rounding(self, w: PackedLinear, rows: int) -> tuple[P, P]:
+        """Room for the rounded rows of an input, and for their scales."""
+        room = 2 * rows * (w.n_in + 4)
+        if len(self._rounded) < room:
+            self._rounded = torch.empty(2 * room, dtype=torch.uint8)
+        rounded = self._rounded.data_ptr()
+        return P(rounded), P(rounded + 2 * rows * w.n_in)
+
     def linear(self, w: PackedLinear, x: Tensor) -> Tensor:
         """float32 [rows, in] -> [rows, padded out]."""
         return self.linears([w], x[None])[0]
@@ -168,15 +215,11 @@ class Kernels:
         first, rows = ws[0], x.shape[1]
         x = x.contiguous()
         out = torch.empty(len(ws), rows, first.n_out)
-        count = len(ws) * rows
-        room = 2 * count * (first.n_in + 4)
-        if len(self._rounded) < room:
-            self._rounded = torch.empty(2 * room, dtype=torch.uint8)
-        rounded = self._rounded.data_ptr()
+        rounded, scales = self._rounding(first, len(ws) * rows)
         structs = (_Linear * len(ws))(*(w.struct for w in ws))
         self._lib.jupiter_linears(
             self._pool, structs, len(ws), P(x.data_ptr()), rows, P(out.data_ptr()),
-            P(rounded), P(rounded + 2 * count * first.n_in),
+            rounded, scales,
         )  # fmt: skip
         return out
 

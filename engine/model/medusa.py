@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -27,7 +28,8 @@ class HeadShape:
     vocab_size: int | None = None
     """Rows of each head's own output layer; None when the heads share `lm_head`."""
     token_map: tuple[int, ...] | None = None
-    """Token id of each output row, where the heads draft from a part of the vocabulary."""
+    """Tokens that the heads draft from, where these are a part of the vocabulary: of each output
+    row, or rows of a shared `lm_head`."""
     kind: HeadKind = "resblock"
     inner_size: int = 0
     """Width between the two products of the first block of a "root" head."""
@@ -111,6 +113,7 @@ class MedusaLlamaForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         if heads.num_heads:
             self.medusa_head = nn.ModuleList(self._head() for _ in range(heads.num_heads))
+        self.draft_head: nn.Linear | QuantizedLinear | None = None
         if heads.kind == "root" and not first and not config.tie_word_embeddings:
             self.root_embedding = nn.Embedding(
                 config.vocab_size,
@@ -165,16 +168,39 @@ class MedusaLlamaForCausalLM(nn.Module):
         """Medusa logits [num_heads, n, rows of the heads' vocabulary]; see `head_hidden`."""
         outputs = [self.head_hidden(h, hidden, roots) for h in range(self.heads.num_heads)]
         if self.heads.vocab_size is None:
-            return torch.stack(self.lm_head(torch.cat(outputs)).split(len(hidden)))
+            shared = self.draft_head or self.lm_head
+            return torch.stack(shared(torch.cat(outputs)).split(len(hidden)))
         heads = zip(self.medusa_head, outputs, strict=True)
         return torch.stack([head[-1](x) for head, x in heads])  # type: ignore[index]
 
     def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
         """The k likeliest tokens of each head, int64 [n, num_heads, k], likeliest first."""
         best = self.head_logits(hidden, roots).topk(k, dim=-1).indices
-        if self.heads.token_map is not None:
-            best = torch.tensor(self.heads.token_map, device=best.device)[best]
+        if (token_map := self.draft_tokens) is not None:
+            best = token_map.to(best.device)[best]
         return best.transpose(0, 1)
+
+    @cached_property
+    def draft_tokens(self) -> Tensor | None:
+        """Token id of each row of `head_logits`, int64; None where they are all tokens in order."""
+        cut = self.heads.vocab_size is not None or self.draft_head is not None
+        return torch.tensor(self.heads.token_map) if cut and self.heads.token_map else None
+
+
+def cut_draft_vocabulary(model: MedusaLlamaForCausalLM) -> None:
+    """Give heads that share `lm_head` the rows that they draft from, in place, after loading.
+
+    Fewer rows make drafting cheaper; a token that is none of them is simply never drafted.
+    """
+    heads = model.heads
+    if heads.token_map is None or heads.vocab_size is not None or not hasattr(model, "lm_head"):
+        return
+    assert isinstance(model.lm_head, nn.Linear)
+    weight = model.lm_head.weight.detach()
+    rows = weight[torch.tensor(heads.token_map, device=weight.device)]
+    head = model.draft_head = nn.Linear(1, 1, bias=False, device="meta")
+    head.out_features, head.in_features = rows.shape
+    head.weight = nn.Parameter(rows, requires_grad=False)
 
 
 def fuse_projections(model: MedusaLlamaForCausalLM) -> None:

@@ -20,7 +20,13 @@ from engine.errors import ConfigError
 from engine.kernels.build import NoKernelsError
 from engine.kernels.forward import NativeForward
 from engine.model.config import ModelConfig
-from engine.model.medusa import NO_HEADS, HeadShape, MedusaLlamaForCausalLM, fuse_projections
+from engine.model.medusa import (
+    NO_HEADS,
+    HeadShape,
+    MedusaLlamaForCausalLM,
+    cut_draft_vocabulary,
+    fuse_projections,
+)
 from engine.model.quantize import quantize_model
 from engine.pipeline.batch import Entry, Judge
 from engine.pipeline.stage import Stage
@@ -135,6 +141,7 @@ def build_stage(
     )
     model.eval().requires_grad_(False)
     fuse_projections(model)
+    cut_draft_vocabulary(model)
     if plan.config.weight_bits is not None:
         quantize_model(model, plan.config.weight_bits, device)
     stage = Stage(

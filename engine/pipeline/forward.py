@@ -16,6 +16,12 @@ from engine.pipeline.batch import Entry, attention_rows
 class Forward(Protocol):
     """The computing of one stage; rows are those of the entries, one under the other."""
 
+    by_row: bool
+    """A row costs the same alone as beside others, or nearly, and comes to the same bits: logits of
+    rows that may not be needed are better asked for later."""
+    packed_bytes: int
+    """Of weights that are not among the model's tensors."""
+
     def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
         """Tokens int64 [rows] on the first stage, else hidden states, to hidden states.
 
@@ -25,12 +31,18 @@ class Forward(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [rows, vocab_size] of normed hidden states."""
 
+    def best(self, hidden: Tensor) -> list[int]:
+        """The likeliest token of each row of normed hidden states."""
+
     def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
         """As MedusaLlamaForCausalLM.draft."""
 
 
 class ModuleForward:
     """The stage's modules as they are."""
+
+    by_row = False
+    packed_bytes = 0
 
     def __init__(
         self, model: MedusaLlamaForCausalLM, dtype: torch.dtype, device: torch.device
@@ -52,6 +64,10 @@ class ModuleForward:
     def logits(self, hidden: Tensor) -> Tensor:
         """See Forward."""
         return self._model.lm_head(hidden).float()
+
+    def best(self, hidden: Tensor) -> list[int]:
+        """See Forward."""
+        return self._model.lm_head(hidden).argmax(dim=-1).tolist()
 
     def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
         """See Forward."""

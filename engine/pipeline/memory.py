@@ -32,10 +32,11 @@ def memory_total_bytes(device: torch.device) -> int:
 
 
 def weights_bytes(stage: Stage) -> int:
-    """Bytes of a stage's parameters and buffers; tensors that share memory count once."""
+    """Bytes of a stage's parameters, buffers and packed weights; shared memory counts once."""
     tensors = [*stage.model.parameters(), *stage.model.buffers()]
     storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    kept = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return kept + stage.forward.packed_bytes
 
 
 @cache

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
+from collections.abc import Callable
 
 from engine.decoding.acceptance import CANDIDATES
 from engine.decoding.tuner import SIZES
@@ -12,11 +12,12 @@ from engine.pipeline.batch import Entry, Judge, encode_batch
 from engine.pipeline.link import Kind, Link
 from engine.pipeline.stage import Stage
 
-BUDGET_S = 0.6
-"""A start may take so much longer for it; the first few sizes are always measured."""
-ORDER = (1, 4, 16, 64, 8, 32, 2, 12, 24, 6, 48)
+BUDGET_S = 0.4
+"""A start may take so much longer for it, and for the step that was begun by then."""
+ORDER = (1, 16, 4, 64, 8, 32, 2, 12, 24, 6, 48)
 """Sizes whose cost tells most come first; the costs of those left out lie between."""
-ALWAYS = 4
+ALWAYS = 2
+"""However slow the stages: of fewer sizes nothing could be compared."""
 ROUNDS = 4
 WARM_UP = 16
 CONTEXT = 256
@@ -26,37 +27,48 @@ assert set(ORDER) == set(SIZES)
 
 
 def rehearse(
-    stage: Stage, link: Link | None, last: int, *, context_length: int, largest: int
+    stage: Stage,
+    link: Link | None,
+    last: int,
+    *,
+    context_length: int,
+    largest: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[int, float], float]:
     """Take steps on rank 0 that belong to no request; rank `last` is the last stage.
 
-    The rows that they leave in the KV cache are those of no sequence.
+    It receives their results itself: no other thread may do so yet. The rows that they leave in
+    the KV cache are those of no sequence.
 
     Returns:
         Seconds of steps with drafting by the nodes of their tree, up to about `largest`, and of a
-        step of one node without.
+        step of one node without. The least of each, as nothing but the step can make it longer.
     """
     start = max(0, min(CONTEXT, context_length - SIZES[-1]))
     sizes = list(dict.fromkeys(min(size, largest) for size in ORDER))
-    deadline = time.perf_counter() + BUDGET_S
-    _step(stage, link, last, start, min(WARM_UP, largest), CANDIDATES)
+    deadline = clock() + BUDGET_S
+
+    def seconds(nodes: int, draft_width: int) -> float:
+        began = clock()
+        _step(stage, link, last, start, nodes, draft_width)
+        return clock() - began
+
+    seconds(min(WARM_UP, largest), CANDIDATES)
+    undrafted = seconds(1, 0)
     found: dict[int, float] = {}
-    undrafted = math.inf
     # More than once, if there is time: the first step of a size may have to set things up.
-    for at, nodes in itertools.islice(itertools.cycle(enumerate(sizes)), ROUNDS * len(sizes)):
-        if len(found) >= min(ALWAYS, len(sizes)) and time.perf_counter() > deadline:
+    for nodes in sizes * ROUNDS:
+        if len(found) >= ALWAYS and clock() > deadline:
             break
-        seconds = _step(stage, link, last, start, nodes, CANDIDATES)
-        found[nodes] = min(found.get(nodes, math.inf), seconds)
-        if at == 0:
-            undrafted = min(undrafted, _step(stage, link, last, start, 1, 0))
+        found[nodes] = min(found.get(nodes, math.inf), seconds(nodes, CANDIDATES))
+        if nodes == 1:
+            undrafted = min(undrafted, seconds(1, 0))
     return found, undrafted
 
 
 def _step(
     stage: Stage, link: Link | None, last: int, start: int, nodes: int, draft_width: int
-) -> float:
-    began = time.perf_counter()
+) -> None:
     entry = Entry(
         slot=0,
         start=start,
@@ -71,4 +83,3 @@ def _step(
     else:
         link.send(1, Kind.BATCH, encode_batch([entry]), hidden)
         link.receive(last)
-    return time.perf_counter() - began

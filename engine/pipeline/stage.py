@@ -24,6 +24,7 @@ from engine.pipeline.batch import (
 from engine.pipeline.forward import Forward, ModuleForward
 from engine.pipeline.link import Kind, Link
 from engine.pipeline.meter import Activity, StageMeter
+from engine.pipeline.scores import NodeScores, look_ahead
 
 
 class Stage:
@@ -83,24 +84,22 @@ class Stage:
         `hidden` is what `run` returned: normed, [rows, hidden_size].
         """
         began = time.perf_counter()
-        judged: list[Entry] = []
-        picked: list[Tensor] = []
-        for entry, rows in zip(entries, row_slices(entries), strict=True):
-            if entry.judge is Judge.NONE:
-                continue
-            judged.append(entry)
-            picked.append(hidden[rows] if entry.judge is Judge.TREE else hidden[rows][-1:])
+        judged = [
+            NodeScores(self.forward, entry, hidden[rows])
+            for entry, rows in zip(entries, row_slices(entries), strict=True)
+            if entry.judge is not Judge.NONE
+        ]
         if not judged:
             return []
-        logits = self.forward.logits(torch.cat(picked)).split([len(p) for p in picked])
-        results = [_result(e, scores) for e, scores in zip(judged, logits, strict=True)]
-        width = max(entry.draft_width for entry in judged)
+        look_ahead(self.forward, judged)
+        results = [_result(scores) for scores in judged]
+        width = max(scores.entry.draft_width for scores in judged)
         if width:
-            ends = [p[r.path[-1]] for p, r in zip(picked, results, strict=True)]
+            ends = [each.hidden[r.path[-1]] for each, r in zip(judged, results, strict=True)]
             roots = torch.tensor([result.next_token for result in results], device=self.device)
             drafts = self.forward.draft(torch.stack(ends), roots, width).tolist()
-            for entry, result, tokens in zip(judged, results, drafts, strict=True):
-                result.candidates = [head[: entry.draft_width] for head in tokens]
+            for each, result, tokens in zip(judged, results, drafts, strict=True):
+                result.candidates = [head[: each.entry.draft_width] for head in tokens]
         seconds = time.perf_counter() - began
         self.meter.count_judging(decode=is_decode(entries), seconds=seconds)
         return results
@@ -111,12 +110,9 @@ def is_decode(entries: Sequence[Entry]) -> bool:
     return entries[0].judge is Judge.TREE
 
 
-def _result(entry: Entry, logits: Tensor) -> Result:
-    if entry.judge is Judge.LAST:
-        tokens, parents, position = entry.tokens[-1:], [-1], entry.start + len(entry.tokens) - 1
-    else:
-        tokens, parents, position = entry.tokens, entry.parents, entry.start
-    accepted = accept(logits, tokens, parents, position, entry.rule)
+def _result(scores: NodeScores) -> Result:
+    rule = scores.entry.rule
+    accepted = accept(scores, scores.tokens, scores.parents, scores.position, rule)
     return Result(accepted.path, accepted.next_token, [])
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint.head_choices import read_choices
+from engine.checkpoint.head_choices import best_choices, read_acceptance
 from engine.checkpoint.head_layouts import HeadSpec, part_shapes
 from engine.checkpoint.preflight import find_heads
 from engine.config import JupiterConfig
@@ -132,7 +132,7 @@ def read_sizes(folder: Path, config: JupiterConfig) -> ModelSizes:
     tree = choose_tree(
         config.medusa_choices,
         spec.num_heads if spec else 0,
-        read_choices(found[0]) if found else None,
+        best_choices(read_acceptance(found[0]) if found else None),
     )
     item = DTYPE_BYTES[config.torch_dtype]
     context = min(config.max_kv_cache_length, model.context_limit)

@@ -23,7 +23,7 @@ from engine.checkpoint.head_choices import best_choices, write_acceptance
 from engine.checkpoint.sources import fetch
 from engine.client import EngineClient
 from engine.config import JupiterConfig, load_config
-from engine.decoding.acceptance import CANDIDATES, Acceptance, count
+from engine.decoding.acceptance import CANDIDATES, Acceptance, calibrated
 from engine.decoding.calibrate import MISS, tokens_per_step
 from engine.errors import ConfigError, EngineError, ExitCode
 from engine.model.config import ModelConfig
@@ -63,7 +63,7 @@ def run(args: EvalArguments) -> int:
         raise ConfigError("there are no heads to evaluate; name them with --medusa_head_path")
     greedy, typical = asyncio.run(_answer(config, prompts, args))
     ranks = answer_ranks(plan, prompts, greedy.tokens)
-    acceptance = acceptance_of(ranks, plan.heads.num_heads)
+    acceptance = calibrated(ranks, plan.heads.num_heads)
     figures = summarize(plan, greedy, typical, ranks, acceptance)
     print(table(figures))
     print(json.dumps(figures))
@@ -182,18 +182,6 @@ def _ranks(
         hits = drafts[: len(truth), head] == truth[:, None]
         ranks[: len(truth), head] = torch.where(hits.any(-1), hits.int().argmax(-1), MISS)
     return ranks.tolist()
-
-
-def acceptance_of(ranks: Sequence[Sequence[Sequence[int]]], num_heads: int) -> Acceptance:
-    """Counts over all answers; what a head drafts for behind an answer's end does not count."""
-    return count(
-        (
-            position[: len(positions) - at]
-            for positions in ranks
-            for at, position in enumerate(positions)
-        ),
-        num_heads,
-    )
 
 
 def summarize(

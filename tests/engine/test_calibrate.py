@@ -9,15 +9,11 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoint.head_choices import (
-    best_choices,
-    read_acceptance,
-    read_choices,
-    write_acceptance,
-)
-from engine.decoding.acceptance import count
+from engine.checkpoint.head_choices import best_choices, read_acceptance, write_acceptance
+from engine.checkpoint.sources import resolve_cached
+from engine.decoding.acceptance import calibrated, count
 from engine.decoding.calibrate import MISS, tokens_per_step
-from engine.decoding.tree import build_tree, choose_tree
+from engine.decoding.tree import MC_63, build_tree, choose_tree
 from engine.errors import CheckpointError
 
 POSITIONS = [[0, 0], [0, 0], [0, 1], [1, MISS], [MISS, 0]]
@@ -46,17 +42,32 @@ def test_an_answer_ends_where_it_ends() -> None:
     assert tokens_per_step([[[0, 0, 0]]], [[0], [0, 0], [0, 0, 0]]) == 1.0
 
 
+def test_a_calibration_promises_what_the_steps_of_a_tree_make() -> None:
+    # Easy stretches between hard ones: of the easy positions most are skipped.
+    dice = random.Random(1)
+    answers = []
+    for _ in range(40):
+        stretches = [[MISS, 0][i % 2 :][:1] * dice.randint(1, 9) for i in range(20)]
+        ranks = [rank for stretch in stretches for rank in stretch]
+        answers.append([ranks[at : at + 3] for at in range(len(ranks) - 3)])
+    everywhere = count((ranks for positions in answers for ranks in positions), 3)
+    for nodes in (1, 2, 3):
+        tree = [path for path, _ in everywhere.paths[:nodes]]
+        made = tokens_per_step(answers, tree)
+        promised = 1 + sum(share for _, share in calibrated(answers, 3).paths[:nodes])
+        assert promised == pytest.approx(made, rel=0.1)
+    assert 1 + sum(share for _, share in everywhere.paths[:3]) > 1.2 * made
+
+
 def test_acceptance_stored_beside_the_heads_goes_before_the_presets(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"medusa_num_heads": 2}')
     assert read_acceptance(tmp_path) is None
-    assert read_choices(tmp_path) == {}
+    assert best_choices(None) == {}
     counted = count(POSITIONS, 2)
     write_acceptance(tmp_path, counted)
     assert json.loads((tmp_path / "config.json").read_text())["medusa_num_heads"] == 2
     assert read_acceptance(tmp_path / "medusa_lm_head.safetensors") == counted
-    own = read_choices(tmp_path)
-    assert own == best_choices(counted)
-    assert choose_tree("mc_16", 2, own).paths == ((0,), (1,), (0, 0), (0, 1))
+    assert choose_tree("mc_16", 2, best_choices(counted)).paths == ((0,), (1,), (0, 0), (0, 1))
 
 
 @pytest.mark.parametrize(
@@ -76,3 +87,16 @@ def test_broken_stored_counts_are_named(
     (tmp_path / "config.json").write_text(json.dumps({"medusa_acceptance": {**good, **change}}))
     with pytest.raises(CheckpointError, match=rf"config\.json: key 'medusa_acceptance': {message}"):
         read_acceptance(tmp_path)
+
+
+def test_the_bundled_heads_bring_their_counts_and_trees_of_their_own() -> None:
+    heads = resolve_cached("bundled:smollm2-135m-instruct-medusa")
+    assert heads is not None
+    acceptance = read_acceptance(heads)
+    assert acceptance is not None and acceptance.num_heads == 5
+    assert acceptance.seen[0] > 1000 and len(acceptance.nodes) == 63
+    own = best_choices(acceptance)
+    for name, preset in (("mc_16", MC_63[:16]), ("mc_63", MC_63)):
+        tree = choose_tree(name, 5, own)
+        assert tree.size == len(preset) + 1
+        assert set(tree.paths) == set(map(tuple, own[name])) != set(preset)

@@ -93,7 +93,7 @@ def run_all(stages: list[Stage], entries: list[Entry]) -> torch.Tensor:
     for stage in stages:
         hidden = stage.run(entries, hidden)
     with torch.inference_mode():
-        return stages[-1].model.lm_head(hidden)
+        return stages[-1].forward.logits(hidden)
 
 
 def chain(slot: int, start: int, tokens: list[int]) -> Entry:

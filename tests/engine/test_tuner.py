@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 
@@ -23,6 +24,10 @@ from engine.decoding.tuner import SIZES, TreeTuner
 HEADS = 4
 CPU_MS = {1: 12.5, 2: 13.5, 4: 15.5, 8: 18.5, 16: 24.0, 32: 32.0, 64: 48.0}
 CPU = {rows: ms / 1000 for rows, ms in CPU_MS.items()}
+# SmolLM2-135M in int8 with compiled kernels on two cores, drafting and judging included.
+INT8_MS = {1: 5.9, 2: 6.3, 4: 6.9, 8: 8.2, 12: 9.0, 16: 10.3, 24: 13.5, 32: 17.0, 64: 32.0}
+INT8 = {rows: ms / 1000 for rows, ms in INT8_MS.items()}
+INT8_UNDRAFTED = 0.0052
 GPU = {rows: 0.012 + rows * 1e-6 for rows in CPU}
 
 
@@ -178,6 +183,46 @@ def test_a_step_of_another_size_corrects_its_cost_alone() -> None:
     assert found.seconds(16, drafted=True) < 1.3 * before
 
 
+def test_a_size_that_was_held_up_costs_no_more_than_the_next_larger() -> None:
+    found = StepCost()
+    found.calibrate({1: 0.060, 4: 0.012, 8: 0.190, 16: 0.024, 64: 0.072}, undrafted=0.010)
+    expected = {1: 0.012, 4: 0.012, 8: 0.024, 16: 0.024, 64: 0.072}
+    for rows, seconds in expected.items():
+        assert found.seconds(rows, drafted=True) == pytest.approx(seconds)
+    assert found.seconds(1, drafted=False) == pytest.approx(0.010)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -1.0, 0.0])
+def test_what_is_no_duration_is_passed_over(odd: float) -> None:
+    found = StepCost()
+    found.calibrate({1: 0.012, 4: odd, 16: 0.024}, undrafted=odd)
+    assert found.seconds(4, drafted=True) == pytest.approx(0.0144)
+    found.learn(4, odd, drafted=True)
+    found.compare(16, odd, drafted=True, in_use=4)
+    assert found.seconds(16, drafted=True) == pytest.approx(0.024)
+
+
+def test_a_clock_that_hardly_moves_makes_nothing_free() -> None:
+    found = cost(CPU)
+    before = found.seconds(16, drafted=True)
+    found.compare(16, 1e-12, drafted=True, in_use=8)
+    assert 0.5 * before < found.seconds(16, drafted=True) < before
+
+
+@pytest.mark.parametrize("measured", [{}, {1: math.nan}, {1: 0.010}, {16: 0.020, 1: math.inf}])
+def test_where_sizes_could_not_be_compared_they_are_guessed(measured: dict[int, float]) -> None:
+    found = StepCost()
+    found.calibrate(measured, undrafted=0.009)
+    assert found.measured == any(math.isfinite(seconds) for seconds in measured.values())
+    ratio = found.seconds(16, drafted=True) / found.seconds(1, drafted=True)
+    guess = StepCost()
+    guessed_ratio = guess.seconds(16, drafted=True) / guess.seconds(1, drafted=True)
+    assert ratio == pytest.approx(guessed_ratio)
+    for rows, seconds in measured.items():
+        if math.isfinite(seconds):
+            assert found.seconds(rows, drafted=True) == pytest.approx(seconds)
+
+
 def test_costs_are_learned_without_having_been_measured_first() -> None:
     true = cost(CPU)
     found = StepCost()
@@ -212,6 +257,56 @@ def test_the_choice_is_the_size_with_the_most_tokens_per_second() -> None:
         max(rates.values()) / 1000, rel=0.02
     )
     assert tuner.news() is None
+
+
+START = ["measured", "held up where it drafts", "nothing measured"]
+
+
+@pytest.mark.parametrize("start", START)
+@pytest.mark.parametrize("known", [True, False], ids=["calibrated", "guessed"])
+@pytest.mark.parametrize("chances", [(0.4, 0.11, 0.055, 0.04), (0.6, 0.15, 0.08, 0.04), (0.15,)])
+def test_the_best_tree_for_int8_kernels_is_found_from_wherever_it_begins(
+    chances: tuple[float, ...], known: bool, start: str
+) -> None:
+    heads = Heads(*chances)
+    calibration = heads.calibration(8000)
+    true = StepCost()
+    true.calibrate(INT8, undrafted=INT8_UNDRAFTED)
+    tuner = TreeTuner(HEADS, calibration if known else None)
+    if start != "nothing measured":
+        slow = 2.5 if start == "held up where it drafts" else 1.0
+        measured = {rows: s * (slow if rows > 1 else 1.0) for rows, s in INT8.items()}
+        tuner.begin(measured, INT8_UNDRAFTED)
+        assert slow == 1.0 or tuner.tree.size == 1
+    sizes = run(tuner, heads, lambda rows, drafted: true.seconds(rows, drafted=drafted), 900)
+    shares = [share for _, share in calibration.paths]
+    rates = {
+        size: (1 + sum(shares[: size - 1])) / true.seconds(size, drafted=size > 1)
+        for size in SIZES
+        if size <= len(shares) + 1
+    }
+    assert rates[sizes[-1]] > 0.94 * max(rates.values())
+    assert (sizes[-1] > 1) == (chances[0] > 0.2)
+
+
+def test_odd_timings_do_not_keep_it_from_choosing() -> None:
+    heads, dice = Heads(0.6, 0.15, 0.08), random.Random(5)
+    true = machine(CPU)
+    tuner = TreeTuner(HEADS, heads.calibration())
+    tuner.begin({1: math.nan, 4: 0.0, 16: math.inf}, math.nan)
+    assert tuner.news() is None  # there is no time to tell of
+
+    def odd(rows: int, drafted: bool) -> float:
+        if dice.random() < 0.2:
+            return dice.choice([math.nan, math.inf, 0.0, -1.0, 1e-9, 1e9])
+        return true(rows, drafted)
+
+    sizes = run(tuner, heads, odd, 800)
+    rates = {tree.size: tokens / true(tree.size, tree.size > 1) for tree, tokens in tuner.trees()}
+    assert rates[sizes[-1]] > 0.9 * max(rates.values())
+    news = tuner.news()
+    assert news is not None
+    assert all(0 < option.step_ms < 1000 for option in news.options)
 
 
 def test_where_rows_are_free_the_largest_tree_is_chosen() -> None:
@@ -289,6 +384,10 @@ def test_a_calibration_that_never_saw_a_head_right_means_no_drafting() -> None:
     never = count([[MISS] * HEADS] * 50, HEADS)
     tuner = begun(TreeTuner(HEADS, never), CPU)
     assert set(run(tuner, Heads(), machine(CPU), 200)) == {1}
+
+
+def test_a_calibration_of_no_steps_is_not_used() -> None:
+    assert TreeTuner(HEADS, count([], HEADS)).largest() == TreeTuner(HEADS).largest()
 
 
 def test_a_calibration_of_fewer_heads_is_not_used() -> None:

@@ -22,8 +22,8 @@ from tui.widgets.token_text import head_style
 LABEL_CELLS = 9
 RECENT_CELLS = 19
 BAR_CELLS = 6
-WEIGHED = (1, 4, 8, 16, 64)
-"""Sizes of trees whose expected speed is shown; there is no room for all."""
+WEIGHED = (1, 4, 16, 64)
+"""Sizes of trees whose expected speed is shown beside the chosen; there is no room for all."""
 NOTHING_YET = "No step was traced yet: the answers from now on will show how each token came."
 LOOK = "others: click, or Shift+Tab"
 MARKS = {"root": "", "accepted": "✓", "next": "✓", "rejected": "✗"}
@@ -58,15 +58,18 @@ def _choice(tuned: TreeChosen) -> list[Content]:
     """The tree in use and what it promises, then tokens per second by the nodes of a tree."""
     times = f"×{tuned.sequences}" if tuned.sequences > 1 else ""
     what = "no drafts" if tuned.nodes == 1 else f"{tuned.nodes}{times} nodes"
-    promise = f", {tuned.chosen.tokens_per_step:.2f} tokens in {tuned.chosen.step_ms:.0f} ms"
-    weighed = [
-        f"{option.nodes}:{_speed(option, tuned.sequences):.0f}"
-        for option in tuned.options
-        if option.nodes in WEIGHED
-    ]
+    promise = f", {tuned.chosen.tokens_per_step:.2f} tokens in {tuned.chosen.step_ms:.3g} ms"
+    shown = [option for option in tuned.options if option.nodes in {*WEIGHED, tuned.nodes}]
+    weighed = Content(" ").join(
+        Content.styled(
+            f"{option.nodes}:{_speed(option, tuned.sequences):.0f}",
+            "" if option.nodes == tuned.nodes else DIM,
+        )
+        for option in shown
+    )
     return [
         Content.assemble(("tree".ljust(LABEL_CELLS), DIM), what, (promise, DIM)),
-        Content.assemble(("tok/s".ljust(LABEL_CELLS), DIM), (" ".join(weighed), DIM)),
+        Content.assemble(("tok/s".ljust(LABEL_CELLS), DIM), weighed),
     ]
 
 

@@ -16,6 +16,7 @@ from engine.decoding.tree import depths_of
 from engine.kernels.build import NoKernelsError
 from engine.kernels.native import (
     COLS,
+    PAIR,
     ROW,
     Kernels,
     NativeLayers,
@@ -153,8 +154,8 @@ class _Heads:
 
 def _problem(config: ModelConfig) -> str:
     """Why a model of this shape cannot run on the kernels; "" where it can."""
-    if config.hidden_size % COLS or config.intermediate_size % COLS:
-        return f"widths of {config.hidden_size} and {config.intermediate_size} are not in 16s"
+    if config.hidden_size % PAIR or config.intermediate_size % COLS:
+        return f"widths of {config.hidden_size} and {config.intermediate_size} are not in 32s and 16s"
     if config.head_dim not in HEAD_DIMS:
         return f"head_dim {config.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
     return ""

@@ -21,15 +21,16 @@
 namespace {
 
 constexpr int kCols = 16;  // outputs of one vector
+constexpr int kPair = 32;  // outputs that are computed together
 constexpr int kRows = 12;  // rows that share one pass over a block of weights
 constexpr int kGroups = 64;  // most query heads that share a KV head
 
 struct Linear {
-  const void* weight;     // int8 [out/16][in/4][16][4], or float [out/16][in][16]
+  const void* weight;     // int8 [out/32][in/4][32][4], or float [out/32][in][32]
   const float* scale;     // [out]; null for float weights
   const int32_t* offset;  // [out]: -128 times the sum of the output's weights
   const float* bias;      // [out], or null
-  int32_t in, out;        // padded to 16
+  int32_t in, out;        // `out` is padded to 32
   float crest;            // rows that peak higher are rounded in two digits; see `round_rows`
 };
 
@@ -223,39 +224,48 @@ struct Input {
   int count;                // of digits
 };
 
-// R digits, from the `first` on, times C blocks of 16 outputs, into (first digits) or onto the tile
-// [rows][2 * 16].
-template <int R, int C>
-void int8_block(const Linear& w, int block, const Input& in, int first, float* tile) {
+// What is read next, and is asked for from memory while this is computed.
+struct Ahead {
+  const char* weights;
+  int lines;  // pairs of cache lines
+  void fetch(int i) const {
+    if (i >= lines) return;
+    _mm_prefetch(weights + i * 128, _MM_HINT_T1);
+    _mm_prefetch(weights + i * 128 + 64, _MM_HINT_T1);
+  }
+};
+
+// R digits, from the `first` on, times 32 outputs, into (first digits) or onto the tile [rows][32].
+template <int R>
+void int8_pair(const Linear& w, int pair, const Input& in, int first, float* tile, Ahead ahead) {
   const int steps = w.in / 4;
-  const int8_t* weights = static_cast<const int8_t*>(w.weight) + int64_t(block) * w.in * kCols;
-  __m512i sums[R][C];
-  for (int c = 0; c < C; ++c) {
-    const __m512i offset = _mm512_loadu_si512(w.offset + (block + c) * kCols);
+  const char* weights = static_cast<const char*>(w.weight) + int64_t(pair) * w.in * kPair;
+  __m512i sums[R][2];
+  for (int c = 0; c < 2; ++c) {
+    const __m512i offset = _mm512_loadu_si512(w.offset + pair * kPair + c * kCols);
     for (int r = 0; r < R; ++r) sums[r][c] = offset;
   }
   const int32_t* rows[R];
   for (int r = 0; r < R; ++r)
     rows[r] = reinterpret_cast<const int32_t*>(in.rounded + int64_t(in.digits[first + r]) * in.stride);
   for (int k = 0; k < steps; ++k) {
-    __m512i part[C];
-    for (int c = 0; c < C; ++c)
-      _mm_prefetch(weights + (int64_t(c) * steps + k) * 64 + 2048, _MM_HINT_T0);
-    for (int c = 0; c < C; ++c)
-      part[c] = _mm512_loadu_si512(weights + (int64_t(c) * steps + k) * 64);
+    ahead.fetch(k);
+    const __m512i a = _mm512_loadu_si512(weights + int64_t(k) * 128);
+    const __m512i b = _mm512_loadu_si512(weights + int64_t(k) * 128 + 64);
     for (int r = 0; r < R; ++r) {
       const __m512i four = _mm512_set1_epi32(rows[r][k]);
-      for (int c = 0; c < C; ++c) sums[r][c] = multiply_add(sums[r][c], four, part[c]);
+      sums[r][0] = multiply_add(sums[r][0], four, a);
+      sums[r][1] = multiply_add(sums[r][1], four, b);
     }
   }
-  for (int c = 0; c < C; ++c) {
-    const int at = (block + c) * kCols;
+  for (int c = 0; c < 2; ++c) {
+    const int at = pair * kPair + c * kCols;
     const __m512 scale = _mm512_loadu_ps(w.scale + at);
     const __m512 bias = w.bias ? _mm512_loadu_ps(w.bias + at) : _mm512_setzero_ps();
     for (int r = 0; r < R; ++r) {
       const int digit = in.digits[first + r];
       const bool second = digit >= in.rows;
-      float* place = tile + (second ? digit - in.rows : digit) * 2 * kCols + c * kCols;
+      float* place = tile + (second ? digit - in.rows : digit) * kPair + c * kCols;
       const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in.scales[digit]));
       const __m512 onto = second ? _mm512_loadu_ps(place) : bias;
       _mm512_storeu_ps(place, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][c]), both, onto));
@@ -263,23 +273,23 @@ void int8_block(const Linear& w, int block, const Input& in, int first, float* t
   }
 }
 
-template <int R, int C>
-void float_block(const Linear& w, int block, const Input& in, int first, float* tile) {
-  const float* weights = static_cast<const float*>(w.weight) + int64_t(block) * w.in * kCols;
+template <int R>
+void float_pair(const Linear& w, int pair, const Input& in, int first, float* tile) {
+  const float* weights = static_cast<const float*>(w.weight) + int64_t(pair) * w.in * kPair;
   const float* x = in.values + int64_t(first) * in.stride;
-  __m512 sums[R][C];
-  for (int c = 0; c < C; ++c)
+  __m512 sums[R][2];
+  for (int c = 0; c < 2; ++c)
     for (int r = 0; r < R; ++r)
-      sums[r][c] = w.bias ? _mm512_loadu_ps(w.bias + (block + c) * kCols) : _mm512_setzero_ps();
+      sums[r][c] = w.bias ? _mm512_loadu_ps(w.bias + pair * kPair + c * kCols) : _mm512_setzero_ps();
   for (int k = 0; k < w.in; ++k)
-    for (int c = 0; c < C; ++c) {
-      const __m512 part = _mm512_loadu_ps(weights + (int64_t(c) * w.in + k) * kCols);
+    for (int c = 0; c < 2; ++c) {
+      const __m512 part = _mm512_loadu_ps(weights + int64_t(k) * kPair + c * kCols);
       for (int r = 0; r < R; ++r)
         sums[r][c] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * in.stride + k]), part, sums[r][c]);
     }
-  for (int c = 0; c < C; ++c)
+  for (int c = 0; c < 2; ++c)
     for (int r = 0; r < R; ++r)
-      _mm512_storeu_ps(tile + (first + r) * 2 * kCols + c * kCols, sums[r][c]);
+      _mm512_storeu_ps(tile + (first + r) * kPair + c * kCols, sums[r][c]);
 }
 
 // Round some of `rows` rows for `w`. A row that peaks beyond `crest` times its root mean square gets
@@ -311,74 +321,76 @@ Input input_of(const Linear& w, const float* x, int rows, const uint8_t* rounded
   return {x, rounded, scales, w.in, rows, digits, count};
 }
 
-template <int R, int C>
-void one_block(const Linear& w, int block, const Input& in, int first, float* tile) {
+template <int R>
+void some_rows(const Linear& w, int pair, const Input& in, int first, float* tile, Ahead ahead) {
   if (w.scale)
-    int8_block<R, C>(w, block, in, first, tile);
+    int8_pair<R>(w, pair, in, first, tile, ahead);
   else
-    float_block<R, C>(w, block, in, first, tile);
+    float_pair<R>(w, pair, in, first, tile);
 }
 
-// All rows times C blocks: the weights come from memory once.
-template <int C>
-void all_rows(const Linear& w, int block, const Input& in, float* tile) {
+// All rows times 32 outputs: the weights come from memory once.
+void all_rows(const Linear& w, int pair, const Input& in, float* tile, const char* next) {
   // Evenly: a last pass for a single row would cost as much as one for several.
-  const int passes = (in.count + kRows - 1) / kRows;
+  const int passes = (in.count + kRows - 1) / kRows, lines = w.in / 4;
   for (int pass = 0; pass < passes; ++pass) {
     const int first = in.count * pass / passes;
+    const int done = lines * pass / passes;
+    const Ahead ahead{next + done * 128, lines * (pass + 1) / passes - done};
     switch (in.count * (pass + 1) / passes - first) {
-      case 1: one_block<1, C>(w, block, in, first, tile); break;
-      case 2: one_block<2, C>(w, block, in, first, tile); break;
-      case 3: one_block<3, C>(w, block, in, first, tile); break;
-      case 4: one_block<4, C>(w, block, in, first, tile); break;
-      case 5: one_block<5, C>(w, block, in, first, tile); break;
-      case 6: one_block<6, C>(w, block, in, first, tile); break;
-      case 7: one_block<7, C>(w, block, in, first, tile); break;
-      case 8: one_block<8, C>(w, block, in, first, tile); break;
-      case 9: one_block<9, C>(w, block, in, first, tile); break;
-      case 10: one_block<10, C>(w, block, in, first, tile); break;
-      case 11: one_block<11, C>(w, block, in, first, tile); break;
-      default: one_block<12, C>(w, block, in, first, tile); break;
+      case 1: some_rows<1>(w, pair, in, first, tile, ahead); break;
+      case 2: some_rows<2>(w, pair, in, first, tile, ahead); break;
+      case 3: some_rows<3>(w, pair, in, first, tile, ahead); break;
+      case 4: some_rows<4>(w, pair, in, first, tile, ahead); break;
+      case 5: some_rows<5>(w, pair, in, first, tile, ahead); break;
+      case 6: some_rows<6>(w, pair, in, first, tile, ahead); break;
+      case 7: some_rows<7>(w, pair, in, first, tile, ahead); break;
+      case 8: some_rows<8>(w, pair, in, first, tile, ahead); break;
+      case 9: some_rows<9>(w, pair, in, first, tile, ahead); break;
+      case 10: some_rows<10>(w, pair, in, first, tile, ahead); break;
+      case 11: some_rows<11>(w, pair, in, first, tile, ahead); break;
+      default: some_rows<12>(w, pair, in, first, tile, ahead); break;
     }
   }
 }
 
-// The thread's share of the outputs, up to two blocks at a time: use(block, blocks) finds them in
-// the tile.
+const char* weights_of(const Linear& w, int pair) {
+  return static_cast<const char*>(w.weight) + int64_t(pair) * w.in * kPair * (w.scale ? 1 : 4);
+}
+
+// The thread's share of the outputs, 32 at a time: use(pair) finds them in the tile. `next` is what
+// this thread reads after that.
 template <class Use>
-void product(const Linear& w, const Input& in, Span blocks, float* tile, Use&& use) {
-  int block = blocks.begin;
-  for (; block + 2 <= blocks.end; block += 2) {
-    all_rows<2>(w, block, in, tile);
-    use(block, 2);
-  }
-  if (block < blocks.end) {
-    all_rows<1>(w, block, in, tile);
-    use(block, 1);
+void product(const Linear& w, const Input& in, Span pairs, float* tile, const char* next, Use&& use) {
+  for (int pair = pairs.begin; pair < pairs.end; ++pair) {
+    all_rows(w, pair, in, tile, pair + 1 < pairs.end ? weights_of(w, pair + 1) : next);
+    use(pair);
   }
 }
 
 // out[row][col] = or += product.
 template <bool Add>
-void product_into(const Linear& w, const Input& in, Span blocks, float* tile, float* out) {
-  product(w, in, blocks, tile, [&](int block, int n) {
+void product_into(const Linear& w, const Input& in, Span pairs, float* tile, const char* next,
+                  float* out) {
+  product(w, in, pairs, tile, next, [&](int pair) {
     for (int r = 0; r < in.rows; ++r)
-      for (int c = 0; c < n; ++c) {
-        float* place = out + int64_t(r) * w.out + (block + c) * kCols;
-        __m512 v = _mm512_loadu_ps(tile + (r * 2 + c) * kCols);
+      for (int c = 0; c < 2; ++c) {
+        float* place = out + int64_t(r) * w.out + pair * kPair + c * kCols;
+        __m512 v = _mm512_loadu_ps(tile + r * kPair + c * kCols);
         if (Add) v = _mm512_add_ps(_mm512_loadu_ps(place), v);
         _mm512_storeu_ps(place, v);
       }
   });
 }
 
-// Blocks come in pairs, 16 gates and their 16 ups: out[row][col] = silu(gate) * up.
-void gated_product(const Linear& w, const Input& in, Span pairs, float* tile, float* out) {
-  product(w, in, {2 * pairs.begin, 2 * pairs.end}, tile, [&](int block, int) {
+// A pair is 16 gates and their 16 ups: out[row][col] = silu(gate) * up.
+void gated_product(const Linear& w, const Input& in, Span pairs, float* tile, const char* next,
+                   float* out) {
+  product(w, in, pairs, tile, next, [&](int pair) {
     for (int r = 0; r < in.rows; ++r) {
-      const __m512 gate = _mm512_loadu_ps(tile + r * 2 * kCols);
-      const __m512 up = _mm512_loadu_ps(tile + (r * 2 + 1) * kCols);
-      _mm512_storeu_ps(out + int64_t(r) * (w.out / 2) + block / 2 * kCols, _mm512_mul_ps(silu(gate), up));
+      const __m512 gate = _mm512_loadu_ps(tile + r * kPair);
+      const __m512 up = _mm512_loadu_ps(tile + r * kPair + kCols);
+      _mm512_storeu_ps(out + int64_t(r) * (w.out / 2) + pair * kCols, _mm512_mul_ps(silu(gate), up));
     }
   });
 }
@@ -535,6 +547,8 @@ void attend_any(int parts, const Query* queries, int count, const float* k, cons
   }
 }
 
+int padded(int outputs) { return (outputs + kPair - 1) / kPair * kPair; }
+
 struct Buffers {
   float *normed, *qkv, *attended, *gated, *scales, *rest, *scores, *tiles;
   uint8_t* rounded;
@@ -551,11 +565,11 @@ void jupiter_pool_free(Pool* pool) { delete pool; }
 
 // Bytes of scratch memory that `rows` rows seeing at most `keys` keys need.
 int64_t jupiter_scratch(const Model* m, int rows, int keys, int threads) {
-  const int64_t width = (m->heads + 2 * m->kv_heads) * m->head_dim;
+  const int64_t width = padded((m->heads + 2 * m->kv_heads) * m->head_dim);
   const int64_t widest = std::max(m->inner, std::max(m->hidden, int(width)));
   const int64_t row = m->hidden + width + m->heads * m->head_dim + m->inner + 2;
   const int64_t thread = (m->heads / m->kv_heads) * (keys + 32 + m->head_dim) + widest +
-                         rows * (2 * kCols + 2);
+                         rows * (kPair + 2);
   return 4 * (rows * row + threads * thread) + 2 * rows * widest + 4096;
 }
 
@@ -564,7 +578,7 @@ void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, 
                     const float* cosine, const float* sine, const Row* at, const int32_t* seen,
                     int keys, float* scratch) {
   const int d = m->head_dim, q_width = m->heads * d, kv_width = m->kv_heads * d;
-  const int width = q_width + 2 * kv_width, groups = m->heads / m->kv_heads;
+  const int width = padded(q_width + 2 * kv_width), groups = m->heads / m->kv_heads;
   const int widest = std::max(m->inner, std::max(m->hidden, width));
   float* next = scratch;
   auto take = [&](int64_t floats) { float* p = next; next += (floats + 15) / 16 * 16; return p; };
@@ -577,7 +591,7 @@ void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, 
   b.rest = take(int64_t(pool->threads()) * widest);
   b.score_room = keys + 32;
   b.scores = take(int64_t(pool->threads()) * groups * (b.score_room + d));
-  b.tiles = take(int64_t(pool->threads()) * rows * 2 * kCols);
+  b.tiles = take(int64_t(pool->threads()) * rows * kPair);
   b.digits = reinterpret_cast<int32_t*>(take(int64_t(pool->threads()) * rows * 2));
   b.rounded = reinterpret_cast<uint8_t*>(take(0));
 
@@ -586,13 +600,14 @@ void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, 
     const Span mine(rows, thread, threads);
     float* scores = b.scores + int64_t(thread) * groups * (b.score_room + d);
     float* turned = scores + int64_t(groups) * b.score_room;
-    float* tile = b.tiles + int64_t(thread) * rows * 2 * kCols;
+    float* tile = b.tiles + int64_t(thread) * rows * kPair;
     auto round = [&](const float* values, const Linear& w) {
       round_rows(w, values, mine, rows, b.rounded, b.scales, b.rest + int64_t(thread) * widest);
       pool->barrier();
       return input_of(w, values, rows, b.rounded, b.scales, b.digits + int64_t(thread) * rows * 2);
     };
-    auto blocks = [&](const Linear& w) { return Span(w.out / kCols, thread, threads); };
+    auto share = [&](const Linear& w) { return Span(w.out / kPair, thread, threads); };
+    auto start = [&](const Linear& w) { return weights_of(w, share(w).begin); };
     auto norm = [&](const float* weight) {
       for (int r = mine.begin; r < mine.end; ++r)
         rms_norm(x + int64_t(r) * m->hidden, weight, m->eps, m->hidden, b.normed + int64_t(r) * m->hidden);
@@ -600,7 +615,7 @@ void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, 
     for (int l = 0; l < count; ++l) {
       const Layer& layer = layers[l];
       norm(layer.input_norm);
-      product_into<false>(layer.qkv, round(b.normed, layer.qkv), blocks(layer.qkv), tile, b.qkv);
+      product_into<false>(layer.qkv, round(b.normed, layer.qkv), share(layer.qkv), tile, start(layer.o), b.qkv);
       pool->barrier();
       for (int r = mine.begin; r < mine.end; ++r) {
         const float* row = b.qkv + int64_t(r) * width;
@@ -629,13 +644,13 @@ void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, 
         attend_any(d / 16, queries, together, at[r].k + head, at[r].v + head, seen);
       }
       pool->barrier();
-      product_into<true>(layer.o, round(b.attended, layer.o), blocks(layer.o), tile, x);
+      product_into<true>(layer.o, round(b.attended, layer.o), share(layer.o), tile, start(layer.gate_up), x);
       pool->barrier();
       norm(layer.post_norm);
-      gated_product(layer.gate_up, round(b.normed, layer.gate_up),
-                    Span(layer.gate_up.out / (2 * kCols), thread, threads), tile, b.gated);
+      gated_product(layer.gate_up, round(b.normed, layer.gate_up), share(layer.gate_up), tile, start(layer.down), b.gated);
       pool->barrier();
-      product_into<true>(layer.down, round(b.gated, layer.down), blocks(layer.down), tile, x);
+      const Linear& after = l + 1 < count ? layers[l + 1].qkv : layer.down;
+      product_into<true>(layer.down, round(b.gated, layer.down), share(layer.down), tile, start(after), x);
       pool->barrier();
     }
   });
@@ -655,7 +670,7 @@ void jupiter_linears(Pool* pool, const Linear* w, int count, const float* x, int
   pool->run([&](int thread) {
     const Span mine(rows * count, thread, pool->threads());
     const int in = w->in, width = w->out;
-    std::vector<float> rest(in), tile(rows * 2 * kCols);
+    std::vector<float> rest(in), tile(rows * kPair);
     std::vector<int32_t> digits(2 * rows);
     for (int i = mine.begin / rows; i * rows < mine.end; ++i) {
       const Span part(std::max(mine.begin - i * rows, 0), std::min(mine.end - i * rows, rows));
@@ -663,14 +678,15 @@ void jupiter_linears(Pool* pool, const Linear* w, int count, const float* x, int
       round_rows(w[i], x + at * in, part, rows, rounded + 2 * at * in, scales + 2 * at, rest.data());
     }
     pool->barrier();
-    const int blocks = width / kCols;
-    const Span all(blocks * count, thread, pool->threads());
-    for (int i = all.begin / blocks; i * blocks < all.end; ++i) {
-      const Span part(std::max(all.begin - i * blocks, 0), std::min(all.end - i * blocks, blocks));
+    const int pairs = width / kPair;
+    const Span all(pairs * count, thread, pool->threads());
+    for (int i = all.begin / pairs; i * pairs < all.end; ++i) {
+      const Span part(std::max(all.begin - i * pairs, 0), std::min(all.end - i * pairs, pairs));
       const int64_t at = int64_t(i) * rows;
       const Input input =
           input_of(w[i], x + at * in, rows, rounded + 2 * at * in, scales + 2 * at, digits.data());
-      product_into<false>(w[i], input, part, tile.data(), out + at * width);
+      const char* next = weights_of(w[std::min(i + 1, count - 1)], 0);
+      product_into<false>(w[i], input, part, tile.data(), next, out + at * width);
     }
   });
 }
@@ -683,19 +699,20 @@ void jupiter_best(Pool* pool, const Linear* w, const float* x, int rows, int out
   std::vector<float> tops(threads * rows);
   std::vector<int32_t> places(threads * rows);
   pool->run([&](int thread) {
-    std::vector<float> rest(w->in), tile(rows * 2 * kCols), values(rows * kCols, -INFINITY);
+    std::vector<float> rest(w->in), tile(rows * kPair), values(rows * kCols, -INFINITY);
     std::vector<int32_t> digits(2 * rows), found(rows * kCols, 0);
     round_rows(*w, x, Span(rows, thread, threads), rows, rounded, scales, rest.data());
     pool->barrier();
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i end = _mm512_set1_epi32(outputs);
     const Input input = input_of(*w, x, rows, rounded, scales, digits.data());
-    product(*w, input, Span(w->out / kCols, thread, threads), tile.data(), [&](int block, int n) {
-      for (int c = 0; c < n; ++c) {
-        const __m512i place = _mm512_add_epi32(lanes, _mm512_set1_epi32((block + c) * kCols));
+    const Span share(w->out / kPair, thread, threads);
+    product(*w, input, share, tile.data(), weights_of(*w, share.begin), [&](int pair) {
+      for (int c = 0; c < 2; ++c) {
+        const __m512i place = _mm512_add_epi32(lanes, _mm512_set1_epi32(pair * kPair + c * kCols));
         const __mmask16 real = _mm512_cmplt_epi32_mask(place, end);
         for (int r = 0; r < rows; ++r) {
-          const __m512 v = _mm512_loadu_ps(tile.data() + (r * 2 + c) * kCols);
+          const __m512 v = _mm512_loadu_ps(tile.data() + r * kPair + c * kCols);
           float* top = values.data() + r * kCols;
           const __mmask16 more =
               _mm512_mask_cmp_ps_mask(real, v, _mm512_loadu_ps(top), _CMP_GT_OQ);

@@ -18,7 +18,9 @@ from torch import Tensor
 from engine.kernels.build import load_kernels
 
 COLS = 16
-"""Outputs that one vector of the kernels holds; outputs are padded to a multiple of it."""
+"""Outputs that one vector of the kernels holds."""
+PAIR = 32
+"""Outputs that are computed together; outputs are padded to a multiple of it."""
 P = ctypes.c_void_p
 
 
@@ -52,7 +54,7 @@ class PackedLinear:
     """A linear layer as the kernels read it."""
 
     weight: Tensor
-    """int8 [out/16, in/4, 16, 4], or float32 [out/16, in, 16]."""
+    """int8 [out/32, in/4, 32, 4], or float32 [out/32, in, 32]."""
     scale: Tensor | None
     """float32 [out]; None for float weights."""
     offset: Tensor | None
@@ -60,15 +62,15 @@ class PackedLinear:
     bias: Tensor | None
     n_in: int
     n_out: int
-    """Padded to 16."""
+    """Padded to 32."""
     crest: float = math.inf
     """Rows of inputs that peak higher get a second digit, as in QuantizedLinear."""
 
     def rows(self, outputs: Tensor) -> Tensor:
         """The weights of some outputs, int64 [n] -> float32 [n, in]."""
         if self.scale is None:
-            return self.weight[outputs // COLS, :, outputs % COLS]
-        found = self.weight[outputs // COLS, :, outputs % COLS].flatten(1)
+            return self.weight[outputs // PAIR, :, outputs % PAIR]
+        found = self.weight[outputs // PAIR, :, outputs % PAIR].flatten(1)
         return found.float() * self.scale[outputs, None]
 
     @property
@@ -96,7 +98,7 @@ def pack(
     n_out, n_in = weight.shape
     if n_in % COLS:
         raise ValueError(f"{n_in} inputs are no multiple of {COLS}")
-    extra = -n_out % COLS
+    extra = -n_out % PAIR
     if extra:
         weight = torch.cat([weight, weight.new_zeros(extra, n_in)])
         scale = None if scale is None else torch.cat([scale, scale.new_ones(extra)])
@@ -104,9 +106,9 @@ def pack(
     rows = n_out + extra
     offset = None
     if scale is None:
-        packed = weight.float().view(rows // COLS, COLS, n_in).transpose(1, 2).contiguous()
+        packed = weight.float().view(rows // PAIR, PAIR, n_in).transpose(1, 2).contiguous()
     else:
-        packed = weight.view(rows // COLS, COLS, n_in // 4, 4).transpose(1, 2).contiguous()
+        packed = weight.view(rows // PAIR, PAIR, n_in // 4, 4).transpose(1, 2).contiguous()
         offset = weight.sum(dim=1, dtype=torch.int32) * -128
         scale = scale.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()

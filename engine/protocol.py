@@ -15,7 +15,7 @@ TELEMETRY_INTERVAL_S = 0.5
 """Seconds between two StageTelemetry of a stage that is ready, busy or not."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
-StagePhase = Literal["starting", "connecting", "loading", "ready", "stopped"]
+StagePhase = Literal["starting", "compiling", "connecting", "loading", "ready", "stopped"]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

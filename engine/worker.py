@@ -61,7 +61,7 @@ def _serve(
 ) -> None:
     import torch
 
-    from engine.pipeline.build import build_stage, choose_device, make_plan
+    from engine.pipeline.build import build_stage, choose_device, make_plan, will_compile
     from engine.pipeline.group import choose_backend, join_by_file
     from engine.pipeline.run import run_rank
 
@@ -82,8 +82,8 @@ def _serve(
             )
         )
 
-    state("loading")
     device = choose_device(config.device, local_rank)
+    state("compiling" if will_compile(plan, device) else "loading")
     stage = build_stage(plan, rank, device, lambda done, total: state("loading", done, total))
     if config.world_size > 1:
         state("connecting")

@@ -23,6 +23,14 @@ class NoKernelsError(Exception):
     """Why the compiled kernels cannot be used here; the caller goes on without them."""
 
 
+def must_compile() -> bool:
+    """`load_kernels` will take a few seconds, as the library is not in the cache yet."""
+    try:
+        return not _library()[1].exists()
+    except NoKernelsError:
+        return False
+
+
 @lru_cache(maxsize=1)
 def load_kernels() -> ctypes.CDLL:
     """The library, compiled where it is not in the cache yet (a few seconds).
@@ -30,19 +38,24 @@ def load_kernels() -> ctypes.CDLL:
     Raises:
         NoKernelsError: another kind of processor, no C++ compiler, or one that fails.
     """
-    missing = NEEDED - cpu_flags()
-    if missing:
-        raise NoKernelsError(f"this processor lacks {', '.join(sorted(missing))}")
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        raise NoKernelsError("there is no C++ compiler (c++ or g++)")
-    path = cache_dir() / "kernels" / f"layers-{_key(compiler)}.so"
+    compiler, path = _library()
     if not path.exists():
         _compile(compiler, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise NoKernelsError(f"{path}: {error}") from None
+
+
+def _library() -> tuple[str, Path]:
+    """The compiler, and the file that it makes for this machine."""
+    missing = NEEDED - cpu_flags()
+    if missing:
+        raise NoKernelsError(f"this processor lacks {', '.join(sorted(missing))}")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        raise NoKernelsError("there is no C++ compiler (c++ or g++)")
+    return compiler, cache_dir() / "kernels" / f"layers-{_key(compiler)}.so"
 
 
 def cpu_flags() -> frozenset[str]:

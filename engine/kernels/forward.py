@@ -93,9 +93,9 @@ class NativeForward:
         """See Forward; the logits themselves are never stored."""
         return self._kernels.best(self._lm_head, hidden, self._model.config.vocab_size)
 
-    def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
+    def draft(self, hidden: Tensor, roots: Tensor, k: int, heads: int | None = None) -> Tensor:
         """As MedusaLlamaForCausalLM.draft."""
-        return self._heads.draft(hidden, roots, k)
+        return self._heads.draft(hidden, roots, k, heads)
 
 
 class _Heads:
@@ -124,26 +124,27 @@ class _Heads:
         lists = [each for parts in self._packed for each in parts.values()]
         self.nbytes += sum(packed.nbytes for each in lists for packed in each)
 
-    def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
+    def draft(self, hidden: Tensor, roots: Tensor, k: int, count: int | None) -> Tensor:
         model, heads, run = self._model, self._model.heads, self._kernels.linears
         width = hidden.shape[1]
-        x = hidden.expand(heads.num_heads, *hidden.shape)
+        n = heads.num_heads if count is None else min(count, heads.num_heads)
+        x = hidden.expand(n, *hidden.shape)
         for parts in self._packed:
             if "fc1" in parts:
                 both = RootBlock.both(hidden, self._embed(roots))
-                inner = F.silu(run(parts["fc1"], both.expand(heads.num_heads, *both.shape)))
-                x = x + run(parts["fc2"], inner)[..., :width]
+                inner = F.silu(run(parts["fc1"][:n], both.expand(n, *both.shape)))
+                x = x + run(parts["fc2"][:n], inner)[..., :width]
             elif "linear" in parts:
-                x = x + F.silu(run(parts["linear"], x)[..., :width])
+                x = x + F.silu(run(parts["linear"][:n], x)[..., :width])
             else:
-                x = run(parts["output"], x)
+                x = run(parts["output"][:n], x)
         x = x.flatten(0, 1)
         if heads.vocab_size is None:
             x = self._kernels.linear(self._lm_head, x)
         best = self._kernels.top(x, self._width, k)
         if (token_map := model.draft_tokens) is not None:
             best = token_map[best]
-        return best.view(heads.num_heads, len(hidden), k).transpose(0, 1)
+        return best.view(n, len(hidden), k).transpose(0, 1)
 
     def _embed(self, roots: Tensor) -> Tensor:
         model = self._model
@@ -155,7 +156,9 @@ class _Heads:
 def _problem(config: ModelConfig) -> str:
     """Why a model of this shape cannot run on the kernels; "" where it can."""
     if config.hidden_size % PAIR or config.intermediate_size % COLS:
-        return f"widths of {config.hidden_size} and {config.intermediate_size} are not in 32s and 16s"
+        return (
+            f"widths of {config.hidden_size} and {config.intermediate_size} are not in 32s and 16s"
+        )
     if config.head_dim not in HEAD_DIMS:
         return f"head_dim {config.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
     return ""
@@ -165,32 +168,30 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, LINEARS)
 
 
-def _pack(module: nn.Module) -> PackedLinear:
-    """The layer as the kernels have it; a quantized one gives its weights away."""
+def _take(module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
+    """Weight, scale, bias and crest of a linear layer; a quantized one gives its weight away."""
     if isinstance(module, QuantizedLinear):
-        packed = pack(module.weight, module.scale, module.bias, module.crest)
-        module.weight = module.weight.new_empty(0)
-        return packed
+        weight, module.weight = module.weight, module.weight.new_empty(0)
+        return weight, module.scale, module.bias, module.crest
     assert isinstance(module, nn.Linear)
-    return pack(module.weight, None, module.bias)
+    return module.weight, None, module.bias, math.inf
+
+
+def _pack(module: nn.Module) -> PackedLinear:
+    return pack(*_take(module))
 
 
 def _pack_layer(layer: LlamaDecoderLayer) -> PackedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     assert attention.qkv_proj is not None and mlp.gate_up_proj is not None
-    both = mlp.gate_up_proj
-    weight = interleave(*both.weight.chunk(2))
-    bias = None if both.bias is None else interleave(*both.bias.chunk(2))
-    scale, crest = None, math.inf
-    if isinstance(both, QuantizedLinear):
-        scale, crest = interleave(*both.scale.chunk(2)), both.crest
-        both.weight = both.weight.new_empty(0)
+    weight, scale, bias, crest = _take(mlp.gate_up_proj)
+    scale, bias = (None if t is None else interleave(*t.chunk(2)) for t in (scale, bias))
     return PackedLayer(
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,
         _pack(attention.qkv_proj),
         _pack(attention.o_proj),
-        pack(weight, scale, bias, crest),
+        pack(interleave(*weight.chunk(2)), scale, bias, crest),
         _pack(mlp.down_proj),
     )
 

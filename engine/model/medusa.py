@@ -164,18 +164,22 @@ class MedusaLlamaForCausalLM(nn.Module):
             weight = self.lm_head.weight
         return F.embedding(tokens, weight.detach())
 
-    def head_logits(self, hidden: Tensor, roots: Tensor) -> Tensor:
-        """Medusa logits [num_heads, n, rows of the heads' vocabulary]; see `head_hidden`."""
-        outputs = [self.head_hidden(h, hidden, roots) for h in range(self.heads.num_heads)]
+    def head_logits(self, hidden: Tensor, roots: Tensor, heads: int | None = None) -> Tensor:
+        """Medusa logits [heads, n, rows of the heads' vocabulary]; see `head_hidden`.
+
+        heads: how many, the first ones; None for all.
+        """
+        count = self.heads.num_heads if heads is None else min(heads, self.heads.num_heads)
+        outputs = [self.head_hidden(h, hidden, roots) for h in range(count)]
         if self.heads.vocab_size is None:
             shared = self.draft_head or self.lm_head
             return torch.stack(shared(torch.cat(outputs)).split(len(hidden)))
-        heads = zip(self.medusa_head, outputs, strict=True)
-        return torch.stack([head[-1](x) for head, x in heads])  # type: ignore[index]
+        pairs = zip(self.medusa_head, outputs, strict=False)
+        return torch.stack([head[-1](x) for head, x in pairs])  # type: ignore[index]
 
-    def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
-        """The k likeliest tokens of each head, int64 [n, num_heads, k], likeliest first."""
-        best = self.head_logits(hidden, roots).topk(k, dim=-1).indices
+    def draft(self, hidden: Tensor, roots: Tensor, k: int, heads: int | None = None) -> Tensor:
+        """The k likeliest tokens of each head, int64 [n, heads, k], likeliest first."""
+        best = self.head_logits(hidden, roots, heads).topk(k, dim=-1).indices
         if (token_map := self.draft_tokens) is not None:
             best = token_map.to(best.device)[best]
         return best.transpose(0, 1)

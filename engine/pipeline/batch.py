@@ -51,6 +51,8 @@ class Entry:
     """Where the first of them goes."""
     draft_width: int = 0
     """Candidates wanted of each Medusa head."""
+    draft_heads: int = 0
+    """How many heads are to draft, the first ones; 0 for all of them."""
     rule: AcceptRule = field(default_factory=AcceptRule)
 
 
@@ -65,7 +67,7 @@ class Result:
     """Per head its likeliest tokens, for the next step's tree."""
 
 
-_ENTRY = struct.Struct("<9q5d")
+_ENTRY = struct.Struct("<10q4d")
 
 
 def encode_batch(entries: Sequence[Entry]) -> list[int]:
@@ -75,8 +77,8 @@ def encode_batch(entries: Sequence[Entry]) -> list[int]:
         r = e.rule
         head = _ENTRY.pack(
             *(e.slot, e.start, len(e.tokens), len(e.keep), e.keep_to, e.judge, e.draft_width),
-            *(r.rule, r.seed),
-            *(r.temperature, r.top_p, r.posterior_threshold, r.posterior_alpha, 0.0),
+            *(e.draft_heads, r.rule, r.seed),
+            *(r.temperature, r.top_p, r.posterior_threshold, r.posterior_alpha),
         )
         numbers += struct.unpack("<14q", head)
         numbers += e.tokens
@@ -91,8 +93,8 @@ def decode_batch(numbers: Sequence[int]) -> list[Entry]:
     entries = []
     for _ in range(take.one()):
         fields = _ENTRY.unpack(struct.pack("<14q", *take.many(14)))
-        slot, start, n, kept, keep_to, judge, width, rule, seed, *floats = fields
-        temperature, top_p, threshold, alpha, _ = floats
+        slot, start, n, kept, keep_to, judge, width, heads, rule, seed, *floats = fields
+        temperature, top_p, threshold, alpha = floats
         entries.append(
             Entry(
                 slot=slot,
@@ -103,6 +105,7 @@ def decode_batch(numbers: Sequence[int]) -> list[Entry]:
                 keep_to=keep_to,
                 judge=Judge(judge),
                 draft_width=width,
+                draft_heads=heads,
                 rule=AcceptRule(rule, temperature, top_p, threshold, alpha, seed),
             )
         )

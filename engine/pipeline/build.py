@@ -17,7 +17,7 @@ from engine.decoding.acceptance import Acceptance
 from engine.decoding.tree import Tree, choose_tree
 from engine.decoding.tuner import Drafting, FixedTree, TreeTuner
 from engine.errors import ConfigError
-from engine.kernels.build import NoKernelsError
+from engine.kernels.build import NoKernelsError, must_compile
 from engine.kernels.forward import NativeForward
 from engine.model.config import ModelConfig
 from engine.model.medusa import (
@@ -157,11 +157,20 @@ def build_stage(
     return stage
 
 
+def will_compile(plan: Plan, device: torch.device) -> bool:
+    """Building a stage will take some seconds longer, for kernels that are not there yet."""
+    return _wants_kernels(plan, device) and must_compile()
+
+
+def _wants_kernels(plan: Plan, device: torch.device) -> bool:
+    return plan.config.weight_bits == 8 and device.type == "cpu" and plan.dtype == torch.float32
+
+
 def _native(
     model: MedusaLlamaForCausalLM, plan: Plan, device: torch.device
 ) -> NativeForward | None:
     """The compiled kernels for an int8 stage on a CPU, where this machine can have them."""
-    if plan.config.weight_bits != 8 or device.type != "cpu" or plan.dtype != torch.float32:
+    if not _wants_kernels(plan, device):
         return None
     threads = torch.get_num_threads()
     try:

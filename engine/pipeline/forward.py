@@ -34,7 +34,7 @@ class Forward(Protocol):
     def best(self, hidden: Tensor) -> list[int]:
         """The likeliest token of each row of normed hidden states."""
 
-    def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
+    def draft(self, hidden: Tensor, roots: Tensor, k: int, heads: int | None = None) -> Tensor:
         """As MedusaLlamaForCausalLM.draft."""
 
 
@@ -69,6 +69,6 @@ class ModuleForward:
         """See Forward."""
         return self._model.lm_head(hidden).argmax(dim=-1).tolist()
 
-    def draft(self, hidden: Tensor, roots: Tensor, k: int) -> Tensor:
+    def draft(self, hidden: Tensor, roots: Tensor, k: int, heads: int | None = None) -> Tensor:
         """See Forward."""
-        return self._model.draft(hidden, roots, k)
+        return self._model.draft(hidden, roots, k, heads)

@@ -97,7 +97,9 @@ class Stage:
         if width:
             ends = [each.hidden[r.path[-1]] for each, r in zip(judged, results, strict=True)]
             roots = torch.tensor([result.next_token for result in results], device=self.device)
-            drafts = self.forward.draft(torch.stack(ends), roots, width).tolist()
+            wanted = [scores.entry.draft_heads for scores in judged]
+            heads = max(wanted) if all(wanted) else None
+            drafts = self.forward.draft(torch.stack(ends), roots, width, heads).tolist()
             for each, result, tokens in zip(judged, results, drafts, strict=True):
                 result.candidates = [head[: each.entry.draft_width] for head in tokens]
         seconds = time.perf_counter() - began

@@ -459,14 +459,20 @@ void score(const Query* queries, int first, int count, float scale, Key&& key) {
   }
 }
 
+// The first `count` lanes, 16 at most.
+inline __mmask16 lanes_of(int count) { return __mmask16((1u << std::min(16, count)) - 1); }
+
 // exp(s - max) in place, zero behind `count`; returns one over their sum.
 float softmax(float* scores, int count) {
   __m512 most = _mm512_set1_ps(-INFINITY);
-  for (int i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i));
+  for (int i = 0; i < count; i += 16) {
+    const __mmask16 real = lanes_of(count - i);
+    most = _mm512_mask_max_ps(most, real, most, _mm512_loadu_ps(scores + i));
+  }
   const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
   __m512 sum = _mm512_setzero_ps();
   for (int i = 0; i < count; i += 16) {
-    const __mmask16 real = __mmask16((1u << std::min(16, count - i)) - 1);
+    const __mmask16 real = lanes_of(count - i);
     const __m512 e =
         _mm512_maskz_mov_ps(real, exp_of(_mm512_sub_ps(_mm512_loadu_ps(scores + i), top)));
     sum = _mm512_add_ps(sum, e);

@@ -121,7 +121,9 @@ def test_logits_of_the_default_model_equal_transformers(
 ) -> None:
     """Whole and in chunks over three stages, float32."""
     config = load_config(
-        str(Path(__file__).parents[2] / "config.json"), stages="7,15,8", assignments=["device=cpu"]
+        str(Path(__file__).parents[2] / "config.json"),
+        stages="7,15,8",
+        assignments=["device=cpu", "load_in_8bit=false"],
     )
     plan = make_plan(config, default_model)
     device = torch.device("cpu")
@@ -169,7 +171,7 @@ async def answers(config: JupiterConfig, alone: list[str], together: list[str]) 
 async def test_greedy_tokens_equal_transformers(
     reference: Reference, random_heads: Path, split: str, heads: bool, full: bool
 ) -> None:
-    options = ["max_num_seqs=8"]
+    options = ["max_num_seqs=8", "load_in_8bit=false"]
     if heads:
         options += [f"medusa_head_path={random_heads}", "medusa_choices=mc_63"]
     config = load_config(
@@ -182,3 +184,31 @@ async def test_greedy_tokens_equal_transformers(
     found = await answers(config, alone, together)
     for text, got in zip(alone + together, found["alone"] + found["together"], strict=True):
         check(reference, text, got)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("split", ["30", "15,15", "7,15,8"])
+async def test_int8_answers_are_those_of_plain_decoding_on_one_stage(
+    plain_int8: dict[str, list[int]], split: str, full: bool
+) -> None:
+    """The default config: kernels where there are any, tuned trees, several sequences at a time."""
+    prompts = list(plain_int8) if full else list(plain_int8)[:4]
+    found = await answers(int8(split), prompts[:2], prompts)
+    expected = [plain_int8[text] for text in prompts]
+    assert found["alone"] == expected[:2]
+    assert found["together"] == expected
+
+
+@pytest.fixture(scope="module")
+async def plain_int8(default_model: Path, full: bool) -> dict[str, list[int]]:
+    """Answers of one stage without heads."""
+    prompts = list(PROMPTS) if full else list(PROMPTS)[:4]
+    found = await answers(int8("30", "medusa_num_heads=0"), prompts, [])
+    return dict(zip(prompts, found["alone"], strict=True))
+
+
+def int8(split: str, *options: str) -> JupiterConfig:
+    path = Path(__file__).parents[2] / "config.json"
+    return load_config(
+        str(path), stages=split, assignments=["max_num_seqs=8", "load_in_8bit=true", *options]
+    )

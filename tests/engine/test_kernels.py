@@ -98,3 +98,17 @@ def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it(threads: int) ->
                     alone, [Entry(entry.slot, entry.start + step, [token], [-1], Judge.TREE)]
                 )
             assert torch.equal(out[0], got[6 * index + node])
+
+
+def test_a_row_is_the_same_to_the_bit_whatever_the_memory_held_before() -> None:
+    (stage, *_) = stages("llama", native=True)
+    assert isinstance(stage.forward, NativeForward)
+    entry = chain(0, 24, list(range(3, 16)))
+    stage.run([chain(0, 0, list(range(3, 27)))], None)
+    found = []
+    for rubbish in (0.0, 1e30, float("nan")):
+        kernels = stage.forward._kernels
+        kernels._scratch = torch.full_like(kernels._scratch, rubbish)
+        found.append(stage.run([entry], None))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -34,13 +34,13 @@ class StepCost:
         """Begin from steps measured one by one; what cannot be a duration is left out.
 
         Args:
-            measured: seconds of steps that ended with drafting, by their rows; of one row at least.
+            measured: seconds of steps that ended with drafting by all heads, by their rows.
             undrafted: seconds of a step of one row without.
         """
         known = sorted((rows, s) for rows, s in measured.items() if _is_duration(s))
         if len(known) < 2:  # how sizes compare cannot be told: the guess stays
             for rows, s in known:
-                self.learn(rows, s, drafted=True)
+                self.learn(rows, s, drafting=1.0)
             return
         # A larger step is no cheaper: one that seems to be tells that the smaller was held up.
         least = [*accumulate((s for _, s in reversed(known)), min)][::-1]
@@ -55,40 +55,45 @@ class StepCost:
         """Whether `seconds` are seconds by now."""
         return self._pace is not None
 
-    def seconds(self, rows: int, *, drafted: bool) -> float:
-        """A step of so many rows, at the present pace; relative only before the first step."""
-        return (self._pace or 1.0) * self._relative(rows, drafted)
+    def seconds(self, rows: int, *, drafting: float) -> float:
+        """A step of so many rows, at the present pace; relative only before the first step.
 
-    def learn(self, rows: int, seconds: float, *, drafted: bool) -> None:
+        drafting: its drafting, as a part of that with all heads; 0 for none.
+        """
+        return (self._pace or 1.0) * self._relative(rows, drafting)
+
+    def learn(self, rows: int, seconds: float, *, drafting: float) -> None:
         """A step of the tree in use took so long."""
         if not _is_duration(seconds):
             return
-        pace = seconds / self._relative(rows, drafted)
+        pace = seconds / self._relative(rows, drafting)
         if self._pace is None:
             self._pace = pace
         else:
             pace = min(pace, HELD_UP * self._pace)
             self._pace += PACE_TRUST * (pace - self._pace)
 
-    def compare(self, rows: int, seconds: float, *, drafted: bool, in_use: int) -> None:
-        """A step of another size than the `in_use` rows took so long.
-
-        With the rows in use, it is the drafting that differed.
-        """
-        if self._pace is None or not _is_duration(seconds):
-            return
-        expected = self._relative(rows, drafted)
-        error = TRUST * (min(seconds / self._pace, HELD_UP * expected) - expected)
-        if rows == in_use:
-            self._draft = max(0.0, self._draft + (error if drafted else -error))
-            return
+    def compare(self, rows: int, seconds: float, *, drafting: float) -> None:
+        """A step with other rows than those in use took so long."""
+        error = self._error(rows, seconds, drafting)
         for at, share in _places(rows):
             # Whatever the clock says, a step does not cost nothing.
             self._cost[at] = max(0.5 * self._cost[at], self._cost[at] + share * error)
 
-    def _relative(self, rows: int, drafted: bool) -> float:
-        cost = sum(share * self._cost[at] for at, share in _places(rows))
-        return cost + (self._draft if drafted else 0.0)
+    def compare_drafting(self, rows: int, seconds: float, *, drafting: float) -> None:
+        """A step as in use, but that it drafted and those in use do not, took so long."""
+        error = self._error(rows, seconds, drafting)
+        self._draft = max(0.0, self._draft + error / drafting)
+
+    def _error(self, rows: int, seconds: float, drafting: float) -> float:
+        """What a single step tells of the relative cost: how much it is to be raised."""
+        if self._pace is None or not _is_duration(seconds):
+            return 0.0
+        expected = self._relative(rows, drafting)
+        return TRUST * (min(seconds / self._pace, HELD_UP * expected) - expected)
+
+    def _relative(self, rows: int, drafting: float) -> float:
+        return sum(share * self._cost[at] for at, share in _places(rows)) + drafting * self._draft
 
 
 def _is_duration(seconds: float) -> bool:

@@ -8,6 +8,7 @@ acceptance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,7 @@ from engine.decoding.step_cost import StepCost
 from engine.decoding.tree import ROOT_ONLY, Tree, build_tree
 from engine.protocol import TreeChosen, TreeOption
 
-SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 """Nodes of the trees to choose from, root included: few, so that shapes repeat."""
 DECIDE_EVERY = 16
 """Steps between two decisions, as long as the number of sequences stays the same."""
@@ -27,10 +28,16 @@ COMPARE_EVERY = 32
 """Steps between two with another tree than that in use; its cost would not be known otherwise."""
 PLAIN_DRAFT_EVERY = 16
 """Without drafting, steps between two that draft, to learn whether the heads are right by now."""
+LEARN_EVERY = 8
+"""Steps between two that ask all heads, also those that are deeper than the tree in use."""
 ADVANTAGE = 1.03
 """Another tree has to promise so much more than the one in use: estimates move all the time."""
 CALIBRATED_WEIGHT, GUESSED_WEIGHT = 32.0, 8.0
 """Steps that a calibration, at most, and a guess count as much as."""
+
+# What may need another tree comes after a step that asks all heads.
+assert DECIDE_EVERY % LEARN_EVERY == COMPARE_EVERY % LEARN_EVERY == 0
+assert DECIDE_EVERY % PLAIN_DRAFT_EVERY == 0
 
 
 class Drafting(Protocol):
@@ -43,14 +50,21 @@ class Drafting(Protocol):
     def width(self) -> int:
         """Candidates that the step put together now is to draft of each head; 0 for none."""
 
+    @property
+    def heads(self) -> int:
+        """How many heads it is to ask, the first ones; 0 for none."""
+
     def step(self, sequences: int) -> Tree:
         """The tree for a decode step of so many sequences, which is put together now."""
 
     def observe(self, candidates: Sequence[Sequence[int]], tokens: Iterable[int]) -> None:
         """After a step: what had been drafted for it, and the tokens that stand."""
 
-    def timed(self, rows: int, seconds: float, *, tree: Tree, drafted: bool) -> None:
-        """A decode step that was alone in the pipeline took so long, all its work included."""
+    def timed(self, rows: int, seconds: float, *, tree: Tree, heads: int) -> None:
+        """A decode step that was alone in the pipeline took so long, all its work included.
+
+        rows: of all its sequences; heads: asked at its end, 0 for none.
+        """
 
     def news(self) -> TreeChosen | None:
         """What is to be told about the choice, once."""
@@ -62,6 +76,7 @@ class FixedTree:
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.width = tree.width if tree.depth else 0
+        self.heads = tree.depth
 
     def step(self, sequences: int) -> Tree:
         """Always the same."""
@@ -70,7 +85,7 @@ class FixedTree:
     def observe(self, candidates: Sequence[Sequence[int]], tokens: Iterable[int]) -> None:
         """Nothing."""
 
-    def timed(self, rows: int, seconds: float, *, tree: Tree, drafted: bool) -> None:
+    def timed(self, rows: int, seconds: float, *, tree: Tree, heads: int) -> None:
         """Nothing."""
 
     def news(self) -> None:
@@ -108,6 +123,8 @@ class TreeTuner:
             self._live = LiveAcceptance(start, weight=min(CALIBRATED_WEIGHT, start.seen[0]))
         self.cost = StepCost()
         self.tree = ROOT_ONLY
+        self._num_heads = num_heads
+        self._first_head = 1.0 / num_heads
         self._sequences = 1
         self._steps = 0
         self._turn = 0
@@ -118,26 +135,38 @@ class TreeTuner:
     @property
     def width(self) -> int:
         """See Drafting. All candidates: those that the tree does not try are learned from too."""
-        if self.tree.size > 1:
-            wanted = self._tried.size > 1  # a step without drafts is compared as one
-        else:
-            wanted = (self._steps + 1) % PLAIN_DRAFT_EVERY == 0
-        return CANDIDATES if wanted else 0
+        return CANDIDATES if self.heads else 0
+
+    @property
+    def heads(self) -> int:
+        """See Drafting: mostly those of the tree in use, sometimes all, to learn from them."""
+        after = self._steps + 1
+        if self.tree.size == 1:
+            return 0 if after % PLAIN_DRAFT_EVERY else self._num_heads
+        if self._tried.size == 1:
+            return 0  # a step without drafts is compared as one
+        return self.tree.depth if after % LEARN_EVERY else self._num_heads
 
     def largest(self) -> Tree:
         """The largest tree that may be chosen."""
         return self.trees()[-1][0]
 
-    def begin(self, measured: dict[int, float], undrafted: float) -> None:
+    def begin(
+        self, measured: dict[int, float], undrafted: float, one_head: float = math.nan
+    ) -> None:
         """Choose freely from costs that were measured before the first request.
 
         Args:
-            measured: seconds of steps with drafting, by the nodes of their tree.
+            measured: seconds of steps with drafting by all heads, by the nodes of their tree.
             undrafted: seconds of a step of one node without.
+            one_head: seconds of a step of one node with drafting by one head.
 
         What is no duration is passed over; the first steps then tell what is missing.
         """
         self.cost.calibrate(measured, undrafted=undrafted)
+        drafting = measured.get(1, math.nan) - undrafted
+        if drafting > 0 and undrafted < one_head < math.inf:
+            self._first_head = min(1.0, (one_head - undrafted) / drafting)
         self.tree = ROOT_ONLY
         self._decide()
 
@@ -155,15 +184,17 @@ class TreeTuner:
         """See Drafting."""
         self._live.observe(candidates, tokens)
 
-    def timed(self, rows: int, seconds: float, *, tree: Tree, drafted: bool) -> None:
+    def timed(self, rows: int, seconds: float, *, tree: Tree, heads: int) -> None:
         """See Drafting."""
-        in_use = self._sequences * self.tree.size
         if rows != self._sequences * tree.size:
             return  # nothing had been drafted for some of the sequences
-        if tree.size == self.tree.size and drafted == (tree.size > 1):
-            self.cost.learn(rows, seconds, drafted=drafted)
+        drafting = self._drafting(heads)
+        if tree.size != self.tree.size:
+            self.cost.compare(rows, seconds, drafting=drafting)
+        elif tree.size == 1 and heads:
+            self.cost.compare_drafting(rows, seconds, drafting=drafting)
         else:
-            self.cost.compare(rows, seconds, drafted=drafted, in_use=in_use)
+            self.cost.learn(rows, seconds, drafting=drafting)
 
     def news(self) -> TreeChosen | None:
         """See Drafting; nothing before a step was timed."""
@@ -188,7 +219,13 @@ class TreeTuner:
 
     def _gain(self, tree: Tree, tokens: float) -> _Gain:
         rows = self._sequences * tree.size
-        return _Gain(tree, tokens, self.cost.seconds(rows, drafted=tree.size > 1))
+        return _Gain(tree, tokens, self.cost.seconds(rows, drafting=self._drafting(tree.depth)))
+
+    def _drafting(self, heads: int) -> float:
+        """What asking so many heads costs, as a part of asking all."""
+        if heads in (0, self._num_heads):
+            return float(heads > 0)
+        return self._first_head + (1.0 - self._first_head) * (heads - 1) / (self._num_heads - 1)
 
     def trees(self) -> list[tuple[Tree, float]]:
         """The best tree of each size there is, with the tokens that a step is expected to make."""

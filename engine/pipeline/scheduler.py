@@ -291,8 +291,8 @@ class Scheduler:
         return flight
 
     def _decode_entry(self, sequence: Sequence, tree: Tree) -> Entry:
-        # Nothing was drafted for it while another tree was in use.
-        sequence.tree = tree = tree if sequence.candidates else ROOT_ONLY
+        # While another tree was in use, nothing was drafted for it, or by fewer heads.
+        sequence.tree = tree = tree if len(sequence.candidates) >= tree.depth else ROOT_ONLY
         tokens = tree.tokens(sequence.tokens[-1], sequence.candidates)
         entry = self._entry(sequence, tokens, tree.parents)
         entry.judge = Judge.TREE
@@ -309,6 +309,7 @@ class Scheduler:
             keep=sequence.keep,
             keep_to=sequence.keep_to,
             draft_width=self.drafting.width,
+            draft_heads=self.drafting.heads,
             rule=sequence.rule,
         )
         sequence.keep = []
@@ -343,7 +344,7 @@ class Scheduler:
                 sum(len(entry.tokens) for entry in flight.entries),
                 time.perf_counter() - flight.began,
                 tree=flight.tree,
-                drafted=any(entry.draft_width for entry in flight.entries),
+                heads=max(entry.draft_heads for entry in flight.entries),
             )
         if (news := self.drafting.news()) is not None:
             self.emit(news)

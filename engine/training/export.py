@@ -29,8 +29,12 @@ def export_heads(
     layout: Layout,
     dtype: torch.dtype,
     base_model: str,
+    trained_on: Tensor | None = None,
 ) -> None:
     """Write the heads of the last stage to `folder`, which `medusa_head_path` may name.
+
+    trained_on: token ids, int64 [n], where the heads were held to a part of the vocabulary. Heads
+    that share `lm_head` then draft from these alone, in a layout that can say so.
 
     Raises:
         EngineError: it cannot be written.
@@ -42,6 +46,8 @@ def export_heads(
     }
     if model.heads.token_map is not None:
         tensors[TOKEN_MAP] = torch.tensor(model.heads.token_map)
+    elif trained_on is not None and layout == "jupiter":
+        tensors[TOKEN_MAP] = trained_on.cpu()
     shares = layout == "vllm" and model.heads.vocab_size is None
     lm_head = model.lm_head.weight.detach().to(dtype) if shares else None
     try:

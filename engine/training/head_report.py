@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import torch
+from torch import Tensor
 
 from engine.checkpoint.head_choices import best_choices, write_acceptance
 from engine.checkpoint.sources import fetch
@@ -27,14 +28,16 @@ from engine.decoding.acceptance import CANDIDATES, Acceptance, calibrated
 from engine.decoding.calibrate import MISS, tokens_per_step
 from engine.errors import ConfigError, EngineError, ExitCode
 from engine.model.config import ModelConfig
-from engine.model.llama import Rows, Segment
-from engine.model.medusa import MedusaLlamaForCausalLM
+from engine.pipeline.batch import Entry, Judge
 from engine.pipeline.build import Plan, build_stage, choose_device, make_plan
 from engine.pipeline.run import load_codec
+from engine.pipeline.stage import Stage
 from engine.protocol import Failed, Finished, Message, SamplingParams, Tokens
 from engine.training.args_medusa import EvalArguments
 from engine.training.rows import Row, read_split, with_system
 
+ROWS = 128
+"""Passed through the model at a time."""
 PUBLISHED = (0.560, 0.316, 0.201, 0.147, 0.118)
 """Top-1 accuracy of the 7B heads in Medusa's own table."""
 
@@ -161,27 +164,38 @@ def answer_ranks(
     found = []
     for messages, answer in zip(prompts, answers, strict=True):
         prompt = codec.encode(codec.render(messages), add_special_tokens=False)
-        found.append(_ranks(stage.model, prompt, answer, stage.device))
+        found.append(_ranks(stage, prompt, answer))
     return found
 
 
 @torch.inference_mode()
-def _ranks(
-    model: MedusaLlamaForCausalLM, prompt: list[int], answer: list[int], device: torch.device
-) -> list[list[int]]:
-    tokens = torch.tensor(prompt + answer, device=device)
-    rows = Rows(torch.arange(len(tokens), device=device), [Segment(slice(0, len(tokens)))])
+def _ranks(stage: Stage, prompt: list[int], answer: list[int]) -> list[list[int]]:
+    """Computed as the stage computes: after packing, its modules may have no weights any more."""
+    tokens = prompt + answer
     # From the prompt's last token on; behind the answer's last but one there is no more to guess.
-    hidden = model(tokens, rows)[len(prompt) - 1 : len(tokens) - 2]
+    hidden = _hidden(stage, tokens)[len(prompt) - 1 : len(tokens) - 2]
     if not len(hidden):
         return []
-    drafts = model.draft(hidden, tokens[len(prompt) :][: len(hidden)], CANDIDATES)
-    ranks = torch.full(drafts.shape[:2], MISS, device=device)
+    known = torch.tensor(tokens, device=stage.device)
+    roots = known[len(prompt) :][: len(hidden)]
+    pieces = zip(hidden.split(ROWS), roots.split(ROWS), strict=True)
+    drafts = torch.cat([stage.forward.draft(*piece, CANDIDATES) for piece in pieces])
+    ranks = torch.full(drafts.shape[:2], MISS, device=stage.device)
     for head in range(drafts.shape[1]):
-        truth = tokens[len(prompt) + 1 + head :][: len(hidden)]
+        truth = known[len(prompt) + 1 + head :][: len(hidden)]
         hits = drafts[: len(truth), head] == truth[:, None]
         ranks[: len(truth), head] = torch.where(hits.any(-1), hits.int().argmax(-1), MISS)
     return ranks.tolist()
+
+
+def _hidden(stage: Stage, tokens: list[int]) -> Tensor:
+    """Normed hidden states of all tokens, [len(tokens), hidden_size], in chunks as of prefill."""
+    chunks = []
+    for start in range(0, len(tokens), ROWS):
+        chunk = tokens[start : start + ROWS]
+        parents = list(range(-1, len(chunk) - 1))
+        chunks.append(stage.run([Entry(0, start, chunk, parents, Judge.NONE)], None))
+    return torch.cat(chunks)
 
 
 def summarize(

@@ -261,6 +261,7 @@ class Trainer:
     def _finish(self) -> None:
         """Write what the engine can load."""
         session, dtype = self.session, self.inputs.export_dtype
+        vocabulary = self.objective.vocabulary
         if self.objective.has_base:
             export_base(
                 session.part.model, self.inputs.folder, self.run_folder / "model", self.mesh, dtype
@@ -272,6 +273,7 @@ class Trainer:
                 layout=self.args.layout,
                 dtype=dtype,
                 base_model=model_source(self.args),
+                trained_on=None if vocabulary is None else vocabulary.ids,
             )
         self.mesh.world.wait()  # the heads are there before rank 0 says so
         if self.log is not None:

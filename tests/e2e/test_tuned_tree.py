@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,8 @@ from engine.checkpoint.heads import write_heads
 from engine.client import EngineClient
 from engine.config import JupiterConfig, parse_config
 from engine.protocol import (
+    EngineReady,
+    Event,
     EventEnvelope,
     Finished,
     SamplingParams,
@@ -22,15 +23,14 @@ from engine.protocol import (
 from engine.updates import Update
 from tests.tiny import tiny_folder
 
-DEADLINE_S = 60.0
 PROMPT = "word word number 4?"
 
 
-def config(heads: Path | None) -> JupiterConfig:
+def config(heads: Path | None, split: list[int]) -> JupiterConfig:
     values = {
         "base_model_name_or_path": str(tiny_folder()),
         "medusa_head_path": None if heads is None else str(heads),
-        "stage_num_hidden_layers_list": [2, 4],
+        "stage_num_hidden_layers_list": split,
         "device": "cpu",
         "num_threads": 1,
     }
@@ -60,25 +60,33 @@ async def answer(client: EngineClient) -> tuple[list[int], Finished]:
     raise AssertionError("no end")
 
 
-async def test_a_tuned_engine_tells_its_tree_and_answers_as_without_heads(heads: Path) -> None:
-    updates: asyncio.Queue[Update] = asyncio.Queue()
-    answers = []
-    for path in (None, heads):
-        client = EngineClient(config(path), listener=updates.put_nowait)
-        try:
-            ready = await client.start()
-            answers.append(await answer(client))
-        finally:
-            await client.stop()
-    assert answers[0][0] == answers[1][0]
-    assert ready.tree_tuned
-    seen = [u.body for u in updates._queue if isinstance(u, EventEnvelope)]  # type: ignore[attr-defined]
-    chosen = [body for body in seen if isinstance(body, TreeChosen)]
-    assert client.tree == chosen[-1]
-    assert chosen[0].nodes == ready.tree_size
-    for choice in chosen:
-        assert choice.nodes in [option.nodes for option in choice.options]
-        assert all(option.step_ms > 0 for option in choice.options)
+async def run(path: Path | None, split: list[int]) -> tuple[list[int], list[Event]]:
+    """The tokens of an answer, and all that the workers have told."""
+    updates: list[Update] = []
+    client = EngineClient(config(path, split), listener=updates.append)
+    try:
+        ready = await client.start()
+        tokens, done = await answer(client)
+    finally:
+        await client.stop()
+    assert ready.tree_tuned == (path is not None)
+    told = [update.body for update in updates if isinstance(update, EventEnvelope)]
     # The steps by which costs were measured are none of the run's.
-    steps = [body.decode_steps for body in seen if isinstance(body, StageTelemetry)]
-    assert max(steps) <= max(done.metrics.decode_steps for _, done in answers)
+    samples = [body for body in told if isinstance(body, StageTelemetry)]
+    assert max(sample.decode_steps for sample in samples) <= done.metrics.decode_steps
+    assert client.tree == next((b for b in reversed(told) if isinstance(b, TreeChosen)), None)
+    return tokens, told
+
+
+async def test_a_tuned_engine_tells_its_tree_and_answers_as_without_heads(heads: Path) -> None:
+    plain, told = await run(None, [2, 4])
+    assert not any(isinstance(body, TreeChosen) for body in told)
+    for split in ([2, 4], [1, 2, 3]):
+        tokens, told = await run(heads, split)
+        assert tokens == plain
+        (ready,) = [body for body in told if isinstance(body, EngineReady)]
+        chosen = [body for body in told if isinstance(body, TreeChosen)]
+        assert chosen[0].nodes == ready.tree_size
+        for choice in chosen:
+            assert choice.nodes in [option.nodes for option in choice.options]
+            assert all(option.step_ms > 0 for option in choice.options)

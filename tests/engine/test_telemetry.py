@@ -85,11 +85,15 @@ def stage() -> Any:
         device=CPU,
         meter=StageMeter(),
         store=KVStore(2, 1, 16, 4, dtype=torch.float32, device=CPU),
+        forward=SimpleNamespace(packed_bytes=0),
     )
 
 
-def test_tied_weights_count_once() -> None:
-    assert weights_bytes(stage()) == 8 * 8 * 4
+def test_tied_weights_count_once_and_packed_ones_too() -> None:
+    subject = stage()
+    assert weights_bytes(subject) == 8 * 8 * 4
+    subject.forward.packed_bytes = 100
+    assert weights_bytes(subject) == 8 * 8 * 4 + 100
 
 
 def test_a_stage_is_heard_while_its_thread_is_held_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,18 @@ def test_heads_on_a_part_of_the_vocabulary_say_which(words: list[str]) -> None:
     assert set(range(65, 72)) | {259} <= set(spec.token_map)
 
 
+def test_heads_that_share_lm_head_draft_from_the_tokens_they_were_held_to(words: list[str]) -> None:
+    folder = tiny_folder("llama", 3)
+    more = ["--truncated_vocab_size", "20", "--medusa_head_kind", "root"]
+    run = train_here([*words, "--model", str(folder), *SHARED, *more])
+    spec = inspect_heads(run / "heads")
+    assert spec.vocab_size is None
+    assert spec.token_map is not None
+    model = engine_heads(folder, run / "heads")
+    drafted = model.draft(torch.randn(9, model.config.hidden_size), torch.arange(9), 20)
+    assert {int(token) for token in drafted.flatten()} == set(spec.token_map)
+
+
 @pytest.mark.parametrize(("world", "stages"), [(1, 1), (4, 2)])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_medusa_2_leaves_a_base_that_transformers_loads(

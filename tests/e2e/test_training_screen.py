@@ -138,7 +138,8 @@ async def test_heads_learn_and_go_into_the_chat_measured_before_and_after(
         # Greedy answers do not depend on heads, so the steps compare like with like.
         assert before.answers == after.answers
         assert before.tokens_per_step == 1.0
-        assert after.proposed[0] == after.steps > 0
+        # The tuner tries a step without drafts now and then.
+        assert 0 < after.proposed[0] <= after.steps
         assert after.step_tokens == before.step_tokens
         assert b.app.session.config.medusa_head_path == str(run.folder / "heads")
         await b.until(lambda: dialog.query_one("#back").display)

@@ -79,17 +79,16 @@ def assert_left_clean(terminal: Terminal) -> None:
 
 
 def test_a_chat_from_start_to_quit(default_model: Path, tmp_path: Path) -> None:
-    with chat(tmp_path / "state", "--set", "max_new_tokens=120") as terminal:
+    with chat(tmp_path / "state", "--set", "max_new_tokens=1200") as terminal:
         terminal.wait_for("starting", timeout=10)
         terminal.wait_for(shows(r"stage 1 .* \d+/\d+ tensors"), START_S)
         terminal.send("What is the capital of France?" + ENTER)
         terminal.wait_for("Paris", START_S)
         terminal.wait_for(rest_state, ANSWER_S)
-        terminal.wait_for(shows(r"first token \d.* s  \d.* tok/s  [1-5]\.\d\d tok/step  15\|15"))
+        terminal.wait_for(shows(r"first token \d.* m?s  \d.* tok/s  [1-5]\.\d\d tok/step  15\|15"))
 
         terminal.send("Count from 1 to 500, one number per line." + CTRL_J + "Go." + ENTER)
         terminal.wait_for("● answering")
-        terminal.wait_for(lambda screen: 0 < answer_tokens(screen) < 10, ANSWER_S)
         terminal.wait_for(lambda screen: answer_tokens(screen) >= 10, ANSWER_S)
         terminal.send(ESCAPE)
         terminal.wait_for("stopped", timeout=10)

@@ -225,11 +225,12 @@ def through_three_splits(state: Path, config: dict[str, Any]) -> list[Node]:
         terminal.wait_for("The engine runs 10|10|10", START_S)
         terminal.send("dd")  # and now a single one
         terminal.wait_for("30 layers  0–29")
-        show(terminal, F2, "● answering")
+        show(terminal, F2, TURNS[1])
+        assert "● answering" in terminal.screen
         show(terminal, F3, "30 layers  0–29")
         terminal.send(ENTER)
         terminal.wait_for("The engine runs 30", START_S)
-        show(terminal, F2, "● answering")
+        show(terminal, F2, TURNS[1])
         terminal.wait_for("● ready", ANSWER_S)
         terminal.send(TURNS[2] + ENTER)
         terminal.wait_for("● answering", ANSWER_S)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -168,13 +167,13 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, LINEARS)
 
 
-def _take(module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
-    """Weight, scale, bias and crest of a linear layer; a quantized one gives its weight away."""
+def _take(module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    """Weight, scale, bias and block of a linear layer; a quantized one gives its weight away."""
     if isinstance(module, QuantizedLinear):
         weight, module.weight = module.weight, module.weight.new_empty(0)
-        return weight, module.scale, module.bias, module.crest
+        return weight, module.scale, module.bias, module.block
     assert isinstance(module, nn.Linear)
-    return module.weight, None, module.bias, math.inf
+    return module.weight, None, module.bias, 1
 
 
 def _pack(module: nn.Module) -> PackedLinear:
@@ -184,14 +183,14 @@ def _pack(module: nn.Module) -> PackedLinear:
 def _pack_layer(layer: LlamaDecoderLayer) -> PackedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     assert attention.qkv_proj is not None and mlp.gate_up_proj is not None
-    weight, scale, bias, crest = _take(mlp.gate_up_proj)
+    weight, scale, bias, block = _take(mlp.gate_up_proj)
     scale, bias = (None if t is None else interleave(*t.chunk(2)) for t in (scale, bias))
     return PackedLayer(
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,
         _pack(attention.qkv_proj),
         _pack(attention.o_proj),
-        pack(interleave(*weight.chunk(2)), scale, bias, crest),
+        pack(interleave(*weight.chunk(2)), scale, bias, block),
         _pack(mlp.down_proj),
     )
 

@@ -31,7 +31,7 @@ struct Linear {
   const int32_t* offset;  // [out]: -128 times the sum of the output's weights
   const float* bias;      // [out], or null
   int32_t in, out;        // `out` is padded to 32
-  float crest;            // rows that peak higher are rounded in two digits; see `round_rows`
+  int32_t block;          // inputs that `turn` mixes; 1 for none
 };
 
 struct Layer {
@@ -153,37 +153,54 @@ void rms_norm(const float* x, const float* weight, float eps, int width, float* 
   }
 }
 
-// The largest magnitude of a row, and its root mean square.
-struct Range {
-  float most, rms;
-};
-
-Range range_of(const float* x, int width) {
-  __m512 most = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
-  for (int i = 0; i < width; i += 16) {
-    const __m512 v = _mm512_loadu_ps(x + i);
-    most = _mm512_max_ps(most, _mm512_abs_ps(v));
-    sum = _mm512_fmadd_ps(v, v, sum);
-  }
-  return {_mm512_reduce_max_ps(most), std::sqrt(sum_of(sum) / float(width))};
+float peak_of(const float* x, int width) {
+  __m512 most = _mm512_setzero_ps();
+  for (int i = 0; i < width; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+  return _mm512_reduce_max_ps(most);
 }
 
 // Round to int8 with one scale for the row, stored with 128 added; returns the scale.
-// `rest`, where there is one, gets what rounding left over.
-float quantize(const float* x, float most, int width, uint8_t* out, float* rest = nullptr) {
-  const float scale = most > 0.0f ? most / 127.0f : 1.0f;
+float quantize(const float* x, int width, uint8_t* out) {
+  const float most = peak_of(x, width), scale = most > 0.0f ? most / 127.0f : 1.0f;
   const __m512 inverse = _mm512_set1_ps(1.0f / scale);
   const __m512i middle = _mm512_set1_epi32(128);
   for (int i = 0; i < width; i += 16) {
-    const __m512 value = _mm512_loadu_ps(x + i);
-    const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
-    if (rest)
-      _mm512_storeu_ps(rest + i,
-                       _mm512_fnmadd_ps(_mm512_cvtepi32_ps(v), _mm512_set1_ps(scale), value));
+    const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
     const __m512i shifted = _mm512_add_epi32(v, middle);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtusepi32_epi8(shifted));
   }
   return scale;
+}
+
+// One step of the transform within 16 values: each becomes the sum of two, or their difference.
+template <int Shuffle, int Upper>
+inline __m512 mix(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  __m512 other;
+  if constexpr (Upper == 0xaaaa || Upper == 0xcccc)
+    other = _mm512_castsi512_ps(_mm512_shuffle_epi32(bits, _MM_PERM_ENUM(Shuffle)));
+  else
+    other = _mm512_shuffle_f32x4(v, v, Shuffle);
+  return _mm512_mask_sub_ps(_mm512_add_ps(v, other), Upper, other, v);
+}
+
+// Each block of `block` values (a power of two) times the Hadamard matrix of that size.
+void turn(const float* x, int width, int block, float* out) {
+  for (int i = 0; i < width; i += 16) {
+    __m512 v = _mm512_loadu_ps(x + i);
+    if (block > 1) v = mix<0xb1, 0xaaaa>(v);
+    if (block > 2) v = mix<0x4e, 0xcccc>(v);
+    if (block > 4) v = mix<0xb1, 0xf0f0>(v);
+    if (block > 8) v = mix<0x4e, 0xff00>(v);
+    _mm512_storeu_ps(out + i, v);
+  }
+  for (int half = 16; half < block; half *= 2)
+    for (int i = 0; i < width; i += 16) {
+      if (i & half) continue;
+      const __m512 a = _mm512_loadu_ps(out + i), b = _mm512_loadu_ps(out + i + half);
+      _mm512_storeu_ps(out + i, _mm512_add_ps(a, b));
+      _mm512_storeu_ps(out + i + half, _mm512_sub_ps(a, b));
+    }
 }
 
 inline __m512 exp_of(__m512 x) {
@@ -213,15 +230,12 @@ inline __m512i multiply_add(__m512i sum, __m512i a, __m512i b) {
   return sum;
 }
 
-// Inputs of a product. Digits are rounded rows: first all rows', then those of some rows once more.
 struct Input {
-  const float* values;      // [rows][stride]
-  const uint8_t* rounded;   // [2 * rows][stride]
-  const float* scales;      // [2 * rows]; of a second digit zero where there is none
+  const float* values;     // [rows][stride]
+  const uint8_t* rounded;  // [rows][stride]
+  const float* scales;     // [rows]
   int stride;
   int rows;
-  const int32_t* digits;    // which of the 2 * rows there are, in order
-  int count;                // of digits
 };
 
 // What is read next, and is asked for from memory while this is computed.
@@ -235,7 +249,7 @@ struct Ahead {
   }
 };
 
-// R digits, from the `first` on, times 32 outputs, into (first digits) or onto the tile [rows][32].
+// R rows, from the `first` on, times 32 outputs, into the tile [rows][32].
 template <int R>
 void int8_pair(const Linear& w, int pair, const Input& in, int first, float* tile, Ahead ahead) {
   const int steps = w.in / 4;
@@ -247,7 +261,7 @@ void int8_pair(const Linear& w, int pair, const Input& in, int first, float* til
   }
   const int32_t* rows[R];
   for (int r = 0; r < R; ++r)
-    rows[r] = reinterpret_cast<const int32_t*>(in.rounded + int64_t(in.digits[first + r]) * in.stride);
+    rows[r] = reinterpret_cast<const int32_t*>(in.rounded + int64_t(first + r) * in.stride);
   for (int k = 0; k < steps; ++k) {
     ahead.fetch(k);
     const __m512i a = _mm512_loadu_si512(weights + int64_t(k) * 128);
@@ -263,12 +277,9 @@ void int8_pair(const Linear& w, int pair, const Input& in, int first, float* til
     const __m512 scale = _mm512_loadu_ps(w.scale + at);
     const __m512 bias = w.bias ? _mm512_loadu_ps(w.bias + at) : _mm512_setzero_ps();
     for (int r = 0; r < R; ++r) {
-      const int digit = in.digits[first + r];
-      const bool second = digit >= in.rows;
-      float* place = tile + (second ? digit - in.rows : digit) * kPair + c * kCols;
-      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in.scales[digit]));
-      const __m512 onto = second ? _mm512_loadu_ps(place) : bias;
-      _mm512_storeu_ps(place, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][c]), both, onto));
+      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in.scales[first + r]));
+      _mm512_storeu_ps(tile + (first + r) * kPair + c * kCols,
+                       _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][c]), both, bias));
     }
   }
 }
@@ -292,33 +303,16 @@ void float_pair(const Linear& w, int pair, const Input& in, int first, float* ti
       _mm512_storeu_ps(tile + (first + r) * kPair + c * kCols, sums[r][c]);
 }
 
-// Round some of `rows` rows for `w`. A row that peaks beyond `crest` times its root mean square gets
-// a second digit, of what the first one left over: otherwise one outlier would leave the rest of the
-// row few of the 255 steps. `rest` has room for one row.
-void round_rows(const Linear& w, const float* x, Span mine, int rows, uint8_t* rounded,
-                float* scales, float* rest) {
+// Round some rows for `w`. Turned, a peak is spread over its block: otherwise it would leave the rest
+// of the row few of the 255 steps. `turned` has room for one row.
+void round_rows(const Linear& w, const float* x, Span mine, uint8_t* rounded, float* scales,
+                float* turned) {
   if (!w.scale) return;
   const int64_t in = w.in;
   for (int r = mine.begin; r < mine.end; ++r) {
-    const Range range = range_of(x + r * in, w.in);
-    const bool twice = range.most > w.crest * range.rms;
-    scales[r] = quantize(x + r * in, range.most, w.in, rounded + r * in, twice ? rest : nullptr);
-    scales[rows + r] = 0.0f;
-    if (twice)
-      scales[rows + r] =
-          quantize(rest, range_of(rest, w.in).most, w.in, rounded + (rows + r) * in);
+    turn(x + r * in, w.in, w.block, turned);
+    scales[r] = quantize(turned, w.in, rounded + r * in);
   }
-}
-
-// The digits there are, of rows that all are rounded; `digits` has room for 2 * rows.
-Input input_of(const Linear& w, const float* x, int rows, const uint8_t* rounded,
-               const float* scales, int32_t* digits) {
-  int count = 0;
-  for (int r = 0; r < rows; ++r) digits[count++] = r;
-  if (w.scale)
-    for (int r = rows; r < 2 * rows; ++r)
-      if (scales[r] != 0.0f) digits[count++] = r;
-  return {x, rounded, scales, w.in, rows, digits, count};
 }
 
 template <int R>
@@ -332,12 +326,12 @@ void some_rows(const Linear& w, int pair, const Input& in, int first, float* til
 // All rows times 32 outputs: the weights come from memory once.
 void all_rows(const Linear& w, int pair, const Input& in, float* tile, const char* next) {
   // Evenly: a last pass for a single row would cost as much as one for several.
-  const int passes = (in.count + kRows - 1) / kRows, lines = w.in / 4;
+  const int passes = (in.rows + kRows - 1) / kRows, lines = w.in / 4;
   for (int pass = 0; pass < passes; ++pass) {
-    const int first = in.count * pass / passes;
+    const int first = in.rows * pass / passes;
     const int done = lines * pass / passes;
     const Ahead ahead{next + done * 128, lines * (pass + 1) / passes - done};
-    switch (in.count * (pass + 1) / passes - first) {
+    switch (in.rows * (pass + 1) / passes - first) {
       case 1: some_rows<1>(w, pair, in, first, tile, ahead); break;
       case 2: some_rows<2>(w, pair, in, first, tile, ahead); break;
       case 3: some_rows<3>(w, pair, in, first, tile, ahead); break;
@@ -556,9 +550,8 @@ void attend_any(int parts, const Query* queries, int count, const float* k, cons
 int padded(int outputs) { return (outputs + kPair - 1) / kPair * kPair; }
 
 struct Buffers {
-  float *normed, *qkv, *attended, *gated, *scales, *rest, *scores, *tiles;
+  float *normed, *qkv, *attended, *gated, *scales, *turned, *scores, *tiles;
   uint8_t* rounded;
-  int32_t* digits;
   int score_room;
 };
 
@@ -573,10 +566,9 @@ void jupiter_pool_free(Pool* pool) { delete pool; }
 int64_t jupiter_scratch(const Model* m, int rows, int keys, int threads) {
   const int64_t width = padded((m->heads + 2 * m->kv_heads) * m->head_dim);
   const int64_t widest = std::max(m->inner, std::max(m->hidden, int(width)));
-  const int64_t row = m->hidden + width + m->heads * m->head_dim + m->inner + 2;
-  const int64_t thread = (m->heads / m->kv_heads) * (keys + 32 + m->head_dim) + widest +
-                         rows * (kPair + 2);
-  return 4 * (rows * row + threads * thread) + 2 * rows * widest + 4096;
+  const int64_t row = m->hidden + width + m->heads * m->head_dim + m->inner + 1;
+  const int64_t thread = (m->heads / m->kv_heads) * (keys + 32 + m->head_dim) + widest + rows * kPair;
+  return 4 * (rows * row + threads * thread) + rows * widest + 4096;
 }
 
 // x: float [rows][hidden], in place. cosine, sine: float [rows][head_dim / 2].
@@ -593,24 +585,23 @@ void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, 
   b.qkv = take(int64_t(rows) * width);
   b.attended = take(int64_t(rows) * q_width);
   b.gated = take(int64_t(rows) * m->inner);
-  b.scales = take(2 * rows);
-  b.rest = take(int64_t(pool->threads()) * widest);
+  b.scales = take(rows);
+  b.turned = take(int64_t(pool->threads()) * widest);
   b.score_room = keys + 32;
   b.scores = take(int64_t(pool->threads()) * groups * (b.score_room + d));
   b.tiles = take(int64_t(pool->threads()) * rows * kPair);
-  b.digits = reinterpret_cast<int32_t*>(take(int64_t(pool->threads()) * rows * 2));
   b.rounded = reinterpret_cast<uint8_t*>(take(0));
 
   pool->run([&](int thread) {
     const int threads = pool->threads();
     const Span mine(rows, thread, threads);
     float* scores = b.scores + int64_t(thread) * groups * (b.score_room + d);
-    float* turned = scores + int64_t(groups) * b.score_room;
+    float* queried = scores + int64_t(groups) * b.score_room;
     float* tile = b.tiles + int64_t(thread) * rows * kPair;
     auto round = [&](const float* values, const Linear& w) {
-      round_rows(w, values, mine, rows, b.rounded, b.scales, b.rest + int64_t(thread) * widest);
+      round_rows(w, values, mine, b.rounded, b.scales, b.turned + int64_t(thread) * widest);
       pool->barrier();
-      return input_of(w, values, rows, b.rounded, b.scales, b.digits + int64_t(thread) * rows * 2);
+      return Input{values, b.rounded, b.scales, w.in, rows};
     };
     auto share = [&](const Linear& w) { return Span(w.out / kPair, thread, threads); };
     auto start = [&](const Linear& w) { return weights_of(w, share(w).begin); };
@@ -641,7 +632,7 @@ void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, 
         const int64_t head = at[r].layer * l + at[r].head * (h / groups);
         Query queries[kGroups];
         for (int a = 0; a < together; ++a) {
-          float* q = turned + a * d;
+          float* q = queried + a * d;
           rotate(b.qkv + int64_t(r) * width + (h + a) * d, cosine + int64_t(r) * (d / 2),
                  sine + int64_t(r) * (d / 2), d, q);
           queries[a] = {q, scores + int64_t(a) * b.score_room,
@@ -670,18 +661,17 @@ void jupiter_norm(const float* x, const float* weight, float eps, int rows, int 
 
 // Several products at once, each with its own input: out[i] = x[i] W[i]^T (+ b), where x[i] is
 // float [rows][w[i].in] and out[i] float [rows][w[i].out], one behind the other; so are the rounded
-// inputs and their scales, 2 * rows * in bytes and 2 * rows floats for each. All W are float, or none.
+// inputs and their scales, rows * in bytes and rows floats for each. All W are float, or none.
 void jupiter_linears(Pool* pool, const Linear* w, int count, const float* x, int rows, float* out,
                      uint8_t* rounded, float* scales) {
   pool->run([&](int thread) {
     const Span mine(rows * count, thread, pool->threads());
     const int in = w->in, width = w->out;
-    std::vector<float> rest(in), tile(rows * kPair);
-    std::vector<int32_t> digits(2 * rows);
+    std::vector<float> turned(in), tile(rows * kPair);
     for (int i = mine.begin / rows; i * rows < mine.end; ++i) {
       const Span part(std::max(mine.begin - i * rows, 0), std::min(mine.end - i * rows, rows));
       const int64_t at = int64_t(i) * rows;
-      round_rows(w[i], x + at * in, part, rows, rounded + 2 * at * in, scales + 2 * at, rest.data());
+      round_rows(w[i], x + at * in, part, rounded + at * in, scales + at, turned.data());
     }
     pool->barrier();
     const int pairs = width / kPair;
@@ -689,8 +679,7 @@ void jupiter_linears(Pool* pool, const Linear* w, int count, const float* x, int
     for (int i = all.begin / pairs; i * pairs < all.end; ++i) {
       const Span part(std::max(all.begin - i * pairs, 0), std::min(all.end - i * pairs, pairs));
       const int64_t at = int64_t(i) * rows;
-      const Input input =
-          input_of(w[i], x + at * in, rows, rounded + 2 * at * in, scales + 2 * at, digits.data());
+      const Input input{x + at * in, rounded + at * in, scales + at, in, rows};
       const char* next = weights_of(w[std::min(i + 1, count - 1)], 0);
       product_into<false>(w[i], input, part, tile.data(), next, out + at * width);
     }
@@ -705,13 +694,13 @@ void jupiter_best(Pool* pool, const Linear* w, const float* x, int rows, int out
   std::vector<float> tops(threads * rows);
   std::vector<int32_t> places(threads * rows);
   pool->run([&](int thread) {
-    std::vector<float> rest(w->in), tile(rows * kPair), values(rows * kCols, -INFINITY);
-    std::vector<int32_t> digits(2 * rows), found(rows * kCols, 0);
-    round_rows(*w, x, Span(rows, thread, threads), rows, rounded, scales, rest.data());
+    std::vector<float> turned(w->in), tile(rows * kPair), values(rows * kCols, -INFINITY);
+    std::vector<int32_t> found(rows * kCols, 0);
+    round_rows(*w, x, Span(rows, thread, threads), rounded, scales, turned.data());
     pool->barrier();
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i end = _mm512_set1_epi32(outputs);
-    const Input input = input_of(*w, x, rows, rounded, scales, digits.data());
+    const Input input{x, rounded, scales, w->in, rows};
     const Span share(w->out / kPair, thread, threads);
     product(*w, input, share, tile.data(), weights_of(*w, share.begin), [&](int pair) {
       for (int c = 0; c < 2; ++c) {

@@ -6,7 +6,6 @@ All tensors are on the CPU; what the C++ side holds are pointers into tensors th
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels.build import load_kernels
+from engine.model.hadamard import turn
 
 COLS = 16
 """Outputs that one vector of the kernels holds."""
@@ -27,7 +27,7 @@ P = ctypes.c_void_p
 class _Linear(ctypes.Structure):
     _fields_ = (
         ("weight", P), ("scale", P), ("offset", P), ("bias", P),
-        ("n_in", ctypes.c_int32), ("n_out", ctypes.c_int32), ("crest", ctypes.c_float),
+        ("n_in", ctypes.c_int32), ("n_out", ctypes.c_int32), ("block", ctypes.c_int32),
     )  # fmt: skip
 
 
@@ -63,15 +63,15 @@ class PackedLinear:
     n_in: int
     n_out: int
     """Padded to 32."""
-    crest: float = math.inf
-    """Rows of inputs that peak higher get a second digit, as in QuantizedLinear."""
+    block: int = 1
+    """Inputs that are turned together, as in QuantizedLinear."""
 
     def rows(self, outputs: Tensor) -> Tensor:
         """The weights of some outputs, int64 [n] -> float32 [n, in]."""
         if self.scale is None:
             return self.weight[outputs // PAIR, :, outputs % PAIR]
         found = self.weight[outputs // PAIR, :, outputs % PAIR].flatten(1)
-        return found.float() * self.scale[outputs, None]
+        return turn(found.float() * self.scale[outputs, None], self.block)
 
     @property
     def nbytes(self) -> int:
@@ -84,16 +84,16 @@ class PackedLinear:
         """What C++ sees; valid as long as this object lives."""
         return _Linear(
             _pointer(self.weight), _pointer(self.scale), _pointer(self.offset),
-            _pointer(self.bias), self.n_in, self.n_out, self.crest,
+            _pointer(self.bias), self.n_in, self.n_out, self.block,
         )  # fmt: skip
 
 
 def pack(
-    weight: Tensor, scale: Tensor | None, bias: Tensor | None = None, crest: float = math.inf
+    weight: Tensor, scale: Tensor | None, bias: Tensor | None = None, block: int = 1
 ) -> PackedLinear:
     """Lay out a linear layer: int8 [out, in] with float scales [out], or float [out, in].
 
-    `in` is a multiple of 16, as widths of models are.
+    `block` is as QuantizedLinear has it. `in` is a multiple of 16, as widths of models are.
     """
     n_out, n_in = weight.shape
     if n_in % COLS:
@@ -112,7 +112,7 @@ def pack(
         offset = weight.sum(dim=1, dtype=torch.int32) * -128
         scale = scale.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    return PackedLinear(packed, scale, offset, bias, n_in, rows, crest)
+    return PackedLinear(packed, scale, offset, bias, n_in, rows, block)
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
@@ -202,11 +202,11 @@ class Kernels:
 
     def _rounding(self, w: PackedLinear, rows: int) -> tuple[P, P]:
         """Room for the rounded rows of an input, and for their scales."""
-        room = 2 * rows * (w.n_in + 4)
+        room = rows * (w.n_in + 4)
         if len(self._rounded) < room:
             self._rounded = torch.empty(2 * room, dtype=torch.uint8)
         rounded = self._rounded.data_ptr()
-        return P(rounded), P(rounded + 2 * rows * w.n_in)
+        return P(rounded), P(rounded + rows * w.n_in)
 
     def linear(self, w: PackedLinear, x: Tensor) -> Tensor:
         """float32 [rows, in] -> [rows, padded out]."""

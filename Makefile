@@ -18,8 +18,10 @@ chat: install
 	$(BIN)/jupiter fetch
 	$(BIN)/jupiter-tui
 
+# Units side by side; what starts real stages has the machine to itself.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine tests/tui -n 2
+	$(BIN)/python -m pytest tests --ignore tests/engine --ignore tests/tui
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -87,7 +87,9 @@ def test_a_chat_from_start_to_quit(default_model: Path, tmp_path: Path) -> None:
         terminal.wait_for(rest_state, ANSWER_S)
         terminal.wait_for(shows(r"first token \d.* m?s  \d.* tok/s  [1-5]\.\d\d tok/step  15\|15"))
 
-        terminal.send("Count from 1 to 500, one number per line." + CTRL_J + "Go." + ENTER)
+        # An answer that goes on for longer than the test looks at it.
+        story = "Write a long story about a dragon and a small village."
+        terminal.send(story + CTRL_J + "Go." + ENTER)
         terminal.wait_for("● answering")
         terminal.wait_for(lambda screen: answer_tokens(screen) >= 10, ANSWER_S)
         terminal.send(ESCAPE)

@@ -70,6 +70,8 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Tokens that the answer has already: not sent again, but counted for every limit."""
     answered_steps: int = 0
     """Decode steps that these took, for the limit on steps."""
+    fork: bool = False
+    """Copy the KV rows of the longest beginning that any sequence shares, one that runs too."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

@@ -134,6 +134,12 @@ class KVStore:
             )
         return cache, slot - first
 
+    def copy(self, source: int, slot: int, rows: int) -> None:
+        """Have a slot begin with the first `rows` rows of another: a fork."""
+        (from_, at), (to, place) = self.find(source), self.find(slot)
+        to.k[:, place, :, :rows] = from_.k[:, at, :, :rows]
+        to.v[:, place, :, :rows] = from_.v[:, at, :, :rows]
+
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":

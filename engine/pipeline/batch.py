@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ class Judge(IntEnum):
     """The last prefill chunk: what follows its last token."""
     TREE = 2
     """A decode step: every node of the tree."""
+
+
+class Copy(NamedTuple):
+    """A fork: the first rows of one slot are copied into another, once, on every stage."""
+
+    source: int
+    slot: int
+    rows: int
 
 
 @dataclass
@@ -54,6 +63,8 @@ class Entry:
     draft_heads: int = 0
     """How many heads are to draft, the first ones; 0 for all of them."""
     rule: AcceptRule = field(default_factory=AcceptRule)
+    copies: list[Copy] = field(default_factory=list)
+    """To be carried out before all else, in order; not only of this entry's slot."""
 
 
 @dataclass
@@ -67,7 +78,7 @@ class Result:
     """Per head its likeliest tokens, for the next step's tree."""
 
 
-_ENTRY = struct.Struct("<10q4d")
+_ENTRY = struct.Struct("<11q4d")
 
 
 def encode_batch(entries: Sequence[Entry]) -> list[int]:
@@ -77,13 +88,15 @@ def encode_batch(entries: Sequence[Entry]) -> list[int]:
         r = e.rule
         head = _ENTRY.pack(
             *(e.slot, e.start, len(e.tokens), len(e.keep), e.keep_to, e.judge, e.draft_width),
-            *(e.draft_heads, r.rule, r.seed),
+            *(e.draft_heads, len(e.copies), r.rule, r.seed),
             *(r.temperature, r.top_p, r.posterior_threshold, r.posterior_alpha),
         )
-        numbers += struct.unpack("<14q", head)
+        numbers += struct.unpack("<15q", head)
         numbers += e.tokens
         numbers += e.parents
         numbers += e.keep
+        for copy in e.copies:
+            numbers += copy
     return numbers
 
 
@@ -92,8 +105,8 @@ def decode_batch(numbers: Sequence[int]) -> list[Entry]:
     take = _Reader(numbers)
     entries = []
     for _ in range(take.one()):
-        fields = _ENTRY.unpack(struct.pack("<14q", *take.many(14)))
-        slot, start, n, kept, keep_to, judge, width, heads, rule, seed, *floats = fields
+        fields = _ENTRY.unpack(struct.pack("<15q", *take.many(15)))
+        slot, start, n, kept, keep_to, judge, width, heads, copies, rule, seed, *floats = fields
         temperature, top_p, threshold, alpha = floats
         entries.append(
             Entry(
@@ -107,6 +120,7 @@ def decode_batch(numbers: Sequence[int]) -> list[Entry]:
                 draft_width=width,
                 draft_heads=heads,
                 rule=AcceptRule(rule, temperature, top_p, threshold, alpha, seed),
+                copies=[Copy(*take.many(3)) for _ in range(copies)],
             )
         )
     return entries

@@ -19,7 +19,7 @@ from engine.config import JupiterConfig
 from engine.decoding.tree import ROOT_ONLY, Tree
 from engine.decoding.tuner import Drafting
 from engine.errors import PromptError, StageLostError
-from engine.pipeline.batch import Entry, Judge, Result, decode_results, encode_batch
+from engine.pipeline.batch import Copy, Entry, Judge, Result, decode_results, encode_batch
 from engine.pipeline.link import Kind, Link
 from engine.pipeline.rule import accept_rule
 from engine.pipeline.sequence import Limits, Sequence, never_started
@@ -98,6 +98,8 @@ class Scheduler:
         self.waiting: deque[tuple[Generate, float]] = deque()
         self.running: list[Sequence] = []
         self.flights: deque[_Flight] = deque()
+        self.copies: list[Copy] = []
+        """Forks that go out with the next micro-batch, before anything can write over a source."""
         # One micro-batch for each stage, and one on its way.
         self.max_flights = config.world_size + 1 if link else 1
         self.tick_out = False
@@ -212,8 +214,11 @@ class Scheduler:
             limit=self.context_length,
             transcript=request.transcript,
             answered=request.answered,
+            fork=request.fork,
         )
         slot, tokens, cached = place.slot, place.tokens, place.cached
+        if place.copy is not None:
+            self.copies.append(place.copy)
         new = len(tokens) + len(request.answered) - cached
         sequence = Sequence(
             request_id=request.request_id,
@@ -234,8 +239,8 @@ class Scheduler:
             stop_ids=codec.stop_ids,
             fed=cached,
             chunk=self._chunk(new),
-            keep=slot.keep,
-            keep_to=slot.keep_to,
+            keep=place.keep,
+            keep_to=place.keep_to,
             trace=request.trace,
             transcript_wanted=request.transcript_wanted,
         )
@@ -286,6 +291,8 @@ class Scheduler:
             entry.judge = Judge.LAST if last else Judge.NONE
             sequence.fed += n
             room -= n
+            if last:
+                sequence.slot.hold(sequence.tokens[: sequence.begun])
             flight.entries.append(entry)
             flight.sequences.append(sequence)
         return flight
@@ -320,6 +327,7 @@ class Scheduler:
         flight.began = time.perf_counter()
         for other in self.flights:
             other.alone = flight.alone = False
+        flight.entries[0].copies, self.copies = self.copies, []
         hidden = self.stage.run(flight.entries, None)
         if self.link is None:
             self._land(flight, self.stage.judge(flight.entries, hidden))

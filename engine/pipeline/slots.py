@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import PromptError, PromptTooLongError
+from engine.pipeline.batch import Copy
 from engine.protocol import Transcript
 from engine.text import TextCodec
 
@@ -26,6 +27,15 @@ class Slot:
     busy: bool = False
     used: int = 0
 
+    def hold(self, tokens: list[int]) -> None:
+        """While the slot is busy: all rows of `tokens` are there, or sent."""
+        self.tokens, self.rows, self.text, self.keep = tokens, len(tokens), "", []
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """Rows of a beginning of `tokens` that another slot may copy: none that is to move yet."""
+        rows = min(self.rows, self.keep_to) if self.keep else self.rows
+        return min(shared_prefix(self.tokens, tokens), rows, len(tokens) - 1)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -36,6 +46,10 @@ class Place:
     """The prompt's tokens."""
     cached: int
     """How many of these, and of the answer's, have their rows in the slot already."""
+    keep: list[int]
+    keep_to: int
+    copy: Copy | None = None
+    """What brings the rows there, to be sent with the very next micro-batch."""
 
 
 class SlotTable:
@@ -58,6 +72,7 @@ class SlotTable:
         limit: int,
         transcript: Transcript | None = None,
         answered: Sequence[int] = (),
+        fork: bool = False,
     ) -> Place:
         """Take the free slot that shares the longest beginning with the prompt.
 
@@ -71,10 +86,11 @@ class SlotTable:
             limit: tokens of the context.
             transcript: how the client knows the beginning of the prompt to be encoded.
             answered: tokens that the answer has already.
+            fork: the rows may be copied from a slot that shares more, free or busy.
         """
         plain = codec.encode(text, add_special_tokens=not chat)
         known = 0
-        if chat and transcript is not None and codec.says(transcript.token_ids, transcript.text):
+        if transcript is not None and codec.says(transcript.token_ids, transcript.text):
             tokens = encode_on(transcript.text, transcript.token_ids, text, codec)
             if tokens is not None:
                 plain, known = tokens, len(transcript.text)
@@ -97,9 +113,19 @@ class SlotTable:
                 f"the prompt has {len(tokens)} tokens; with room for an answer at most "
                 f"{limit - 1} fit the context (max_kv_cache_length and the model's own limit)"
             )
+        keep, keep_to, copy = slot.keep, slot.keep_to, None
+        whole = [*tokens, *answered]
+        if fork:
+            source = max(self.slots, key=lambda each: each.shared(whole))
+            if (rows := source.shared(whole)) > shared:
+                slot = min((s for s in self.slots if not s.busy), key=lambda each: each.used)
+                copy = Copy(source.index, slot.index, rows)
+                shared, keep = rows, []
         self._clock += 1
         slot.busy, slot.used = True, self._clock
-        return Place(slot, tokens, shared)
+        slot.tokens, slot.rows, slot.text = whole[:shared], shared, ""
+        slot.keep, slot.keep_to = keep, keep_to
+        return Place(slot, tokens, shared, keep, keep_to, copy)
 
 
 def encode_on(before: str, tokens: Sequence[int], text: str, codec: TextCodec) -> list[int] | None:

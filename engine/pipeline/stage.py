@@ -64,6 +64,8 @@ class Stage:
         from the entries' tokens); returns the hidden states of the same rows.
         """
         began = time.perf_counter()
+        for copy in (copy for entry in entries for copy in entry.copies):
+            self.store.copy(*copy)
         for entry in entries:
             cache, slot = self.store.find(entry.slot)
             cache.move(slot, entry.keep, entry.keep_to)

@@ -233,6 +233,33 @@ def test_cancel_keeps_the_partial_text_and_frees_the_slot(plain: Engine) -> None
     assert not any(slot.busy for slot in plain.scheduler.slots.slots)
 
 
+def test_forks_of_running_and_ended_sequences_answer_like_fresh_ones(engine: Engine) -> None:
+    whole = PROMPTS[6]
+    engine.inbox.put(prompt("long", whole, SamplingParams(temperature=0, max_tokens=90)))
+    seen: list[Event] = []
+    while not tokens_of(seen):
+        seen.append(engine.events.get(timeout=30))
+    texts = [whole[: 20 + n] + f" {n}?" for n in range(4)]
+    forks = [
+        Generate(request_id=str(n), prompt=t, params=GREEDY, fork=True) for n, t in enumerate(texts)
+    ]
+    events = engine.ask(*forks)
+    for n, text in enumerate(texts):
+        started = events[str(n)][0]
+        assert isinstance(started, Started)
+        assert started.cached_tokens >= 20 + n
+        assert tokens_of(events[str(n)]) == expected_greedy(engine.codec, text, 24)
+    engine.inbox.put(Cancel("long"))
+    seen += events.get("long", [])
+    if not isinstance(seen[-1], Finished):
+        seen += engine.collect({"long"})["long"]
+    assert tokens_of(seen) == expected_greedy(engine.codec, whole, len(tokens_of(seen)))
+    # What an answer's last step has yet to move is no part of a fork.
+    text = whole + text_of(seen)
+    fork = engine.ask(Generate(request_id="on", prompt=text, params=GREEDY, fork=True))["on"]
+    assert tokens_of(fork) == expected_greedy(engine.codec, text, 24)
+
+
 def test_cancelling_what_only_waits_ends_it_too() -> None:
     engine = Engine(NO_HEADS, max_num_seqs=1)
     engine.inbox.put(prompt("runs", PROMPTS[0]))

@@ -1,0 +1,106 @@
+"""Where a Megatron-Core checkpoint is and whether it is whole. Torch-free; see mcore.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from engine.errors import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+COMMON = "common.pt"
+FORMAT = "metadata.json"
+ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+def name_of(iteration: int) -> str:
+    """Folder of an iteration in its run folder."""
+    return f"iter_{iteration:07}"
+
+
+def is_mcore(path: Path) -> bool:
+    """Whether `path` is an iteration folder, or a folder whose tracker file names one."""
+    if (path / FORMAT).is_file() and (path / COMMON).is_file():
+        return True
+    return (path / TRACKER).is_file() and (_latest(path) / FORMAT).is_file()
+
+
+def iteration_folder(path: Path) -> Path:
+    """The iteration folder at `path`: itself, or the one that its tracker file names.
+
+    Raises:
+        CheckpointError: there is none, or it is not `torch_dist`.
+    """
+    folder = path
+    if not (path / FORMAT).is_file():
+        if not (path / TRACKER).is_file():
+            raise CheckpointError(
+                f"{path}: no checkpoint; expected {TRACKER}, or {FORMAT} of an iteration folder"
+            )
+        folder = _latest(path)
+    check_format(folder)
+    return folder
+
+
+def check_format(folder: Path) -> None:
+    """Check that an iteration folder says it is `torch_dist` and has its files.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    path = folder / FORMAT
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        backend = facts["sharded_backend"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; not a whole checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{path}: damaged: names no sharded_backend") from None
+    if backend != "torch_dist":
+        raise CheckpointError(f"{path}: sharded_backend {backend!r} cannot be read; torch_dist can")
+    for name in (".metadata", COMMON):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: missing; not a whole checkpoint")
+
+
+def model_folder(path: Path) -> Path:
+    """The folder with the model's config.json: `path`, or the one above an iteration folder.
+
+    Raises:
+        CheckpointError: neither has one.
+    """
+    for folder in (path, path.parent) if ITERATION.fullmatch(path.name) else (path,):
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError(
+        f"{path}: a checkpoint without its model's config.json; name the model with --model"
+    )
+
+
+def _latest(path: Path) -> Path:
+    """The folder that the tracker names; CheckpointError when it names none."""
+    tracker = path / TRACKER
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{tracker}: cannot be read: {error}") from None
+    if text == "release":
+        return path / text
+    if not (text.isascii() and text.isdecimal()):
+        raise CheckpointError(f"{tracker}: damaged: {text[:40]!r} is no iteration")
+    return path / name_of(int(text))
+
+
+def write_tracker(path: Path, iteration: int) -> None:
+    """Have the tracker name an iteration that is on the disk; replaced in one step.
+
+    Raises OSError.
+    """
+    unfinished = path / f".{TRACKER}.partial"
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path / TRACKER)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, shown
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -180,6 +180,8 @@ def parse_config(values: Mapping[str, Any], where: str) -> JupiterConfig:
         config = msgspec.convert({**plain, "model_keys": model_keys}, JupiterConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {_explain(str(error), plain)}") from None
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair; no text can hold it
+        raise ConfigError(f"{where}: a value holds half of a surrogate pair") from None
     if config.load_in_8bit and config.load_in_4bit:
         raise ConfigError(f"{where}: keys 'load_in_8bit' and 'load_in_4bit': only one can be true")
     return config
@@ -213,11 +215,14 @@ def _json_or_text(text: str) -> Any:
 
 def _beside(name: str, config_path: Path) -> str:
     """An existing relative path: the current folder's first, else the config file's."""
-    path = Path(name).expanduser()
-    if path.exists():
-        return str(path.absolute())
-    beside = config_path.parent / path
-    return str(beside.absolute()) if beside.exists() else name
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return str(path.absolute())
+        beside = config_path.parent / path
+        return str(beside.absolute()) if beside.exists() else name
+    except (OSError, RuntimeError, ValueError):  # no file has such a name
+        return name
 
 
 def _suggest(key: str, known: Iterable[str]) -> str:
@@ -236,10 +241,11 @@ def _explain(message: str, values: Mapping[str, Any]) -> str:
     if not at:
         return message
     key = at[1]
-    problem = message.split(" - at ")[0]
+    # The value itself comes last, where it can be cut.
+    problem = re.sub(r"(Invalid enum value) .*", r"\1", message.split(" - at ")[0], flags=re.S)
     allowed = _literals(get_type_hints(JupiterConfig, include_extras=True).get(key))
     hint = f" (one of {', '.join(allowed)})" if allowed else ""
-    return f"key '{key}': {problem}{hint}, got {json.dumps(values.get(key))}"
+    return f"key '{key}': {problem}{hint}, got {shown(values.get(key))}"
 
 
 def _literals(hint: Any) -> list[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
+
+SHOWN = 60
+"""Characters of a value that an error shows."""
 
 
 class ExitCode(IntEnum):
@@ -29,6 +33,20 @@ class JupiterError(Exception):
     """
 
     exit_code = ExitCode.BAD_INPUT
+
+
+def shown(value: Any) -> str:
+    """A value for an error's line, as JSON where it has such a form, cut to SHOWN characters."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(value)
+    return cut(text, SHOWN)
+
+
+def cut(text: str, length: int = 200) -> str:
+    """`text`, or as much of it as a line of an error may take."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 class ConfigError(JupiterError):

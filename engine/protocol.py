@@ -372,7 +372,7 @@ def decode_command(frame: bytes) -> CommandEnvelope | None:
     """The envelope in `frame`, or None when it is malformed or of another version."""
     try:
         envelope = _command_decoder.decode(frame)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return envelope if envelope.version == PROTOCOL_VERSION else None
 
@@ -381,6 +381,6 @@ def decode_event(frame: bytes) -> EventEnvelope | None:
     """The envelope in `frame`, or None when it is malformed or of another version."""
     try:
         envelope = _event_decoder.decode(frame)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return envelope if envelope.version == PROTOCOL_VERSION else None

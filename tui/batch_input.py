@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import msgspec
 
-from engine.errors import JupiterError
+from engine.errors import JupiterError, shown
 from engine.protocol import Message, SamplingParams
 
 Url = Literal["/v1/chat/completions", "/v1/completions"]
@@ -132,7 +132,7 @@ def _clashes(requests: Iterable[BatchRequest]) -> Iterable[tuple[int, str]]:
     for request in requests:
         line = first.setdefault(request.custom_id, request.line)
         if line != request.line:
-            taken = f"custom_id {_show(request.custom_id)} is already that of line {line}"
+            taken = f"custom_id {shown(request.custom_id)} is already that of line {line}"
             yield request.line, f"{taken}; each needs its own (one without is called line-N)"
 
 
@@ -147,7 +147,7 @@ def _parse_line(number: int, raw: bytes) -> BatchRequest:
         raise _LineError("key 'custom_id' is empty; write a string of its own for each line")
     method = record.get("method")
     if method not in (None, "POST"):
-        raise _LineError(f"key 'method': must be \"POST\", got {_show(method)}")
+        raise _LineError(f"key 'method': must be \"POST\", got {shown(method)}")
     url = _url(record.get("url"))
     body = record.get("body")
     short = "body" not in record
@@ -159,7 +159,7 @@ def _parse_line(number: int, raw: bytes) -> BatchRequest:
             )
     else:
         if not isinstance(body, dict):
-            raise _LineError(f"key 'body': must be an object, got {_show(body)}")
+            raise _LineError(f"key 'body': must be an object, got {shown(body)}")
         for key in record:
             if key not in LINE_KEYS:
                 raise _LineError(f"key '{key}': beside 'body' it has no effect; put it into 'body'")
@@ -190,7 +190,7 @@ def _json_object(raw: bytes) -> dict[str, Any]:
     except ValueError as error:  # a number of thousands of digits
         raise _LineError(f"not JSON that can be read: {error}") from None
     if not isinstance(record, dict):
-        raise _LineError(f"must be a JSON object, got {_show(record)}")
+        raise _LineError(f"must be a JSON object, got {shown(record)}")
     return record
 
 
@@ -210,7 +210,7 @@ def _no_constant(name: str) -> Any:
 def _url(value: Any) -> Url | None:
     if value in (None, CHAT, COMPLETIONS):
         return cast("Url | None", value)
-    raise _LineError(f"key 'url': must be {CHAT} or {COMPLETIONS}, got {_show(value)}")
+    raise _LineError(f"key 'url': must be {CHAT} or {COMPLETIONS}, got {shown(value)}")
 
 
 def _asked(
@@ -224,7 +224,7 @@ def _asked(
         if messages is not None:
             raise _LineError(f"key 'messages': {COMPLETIONS} takes 'prompt'")
         if not isinstance(prompt, str):
-            raise _LineError(f"key 'prompt': must be a string, got {_show(prompt)}")
+            raise _LineError(f"key 'prompt': must be a string, got {shown(prompt)}")
         return None, _text("prompt", prompt)
     if short and messages is None:
         # What a person would type in the chat.
@@ -232,17 +232,17 @@ def _asked(
     if prompt is not None:
         raise _LineError(f"key 'prompt': {CHAT} takes 'messages'")
     if not isinstance(messages, list) or not messages:
-        raise _LineError(f"key 'messages': must be a list of messages, got {_show(messages)}")
+        raise _LineError(f"key 'messages': must be a list of messages, got {shown(messages)}")
     return tuple(_message(f"messages[{at}]", value) for at, value in enumerate(messages)), None
 
 
 def _message(where: str, value: Any) -> Message:
     if not isinstance(value, dict):
-        raise _LineError(f"key '{where}': must be an object, got {_show(value)}")
+        raise _LineError(f"key '{where}': must be an object, got {shown(value)}")
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise _LineError(
-            f"key '{where}.role': must be one of {', '.join(ROLES)}, got {_show(role)}"
+            f"key '{where}.role': must be one of {', '.join(ROLES)}, got {shown(role)}"
         )
     for key, extra in value.items():
         if key not in ("role", "content") and not (key in EMPTY_MESSAGE_KEYS and not extra):
@@ -306,9 +306,9 @@ def _check_key(key: str, value: Any) -> None:
     # True equals 1 in Python, not in JSON.
     allowed = [v for v in NEUTRAL[key] if isinstance(v, bool) == isinstance(value, bool)]
     if value is not None and value not in allowed:
-        instead = " or ".join(_show(v) for v in NEUTRAL[key])
+        instead = " or ".join(shown(v) for v in NEUTRAL[key])
         hint = f" (only {instead})" if instead else ""
-        raise _LineError(f"key '{key}': {_show(value)} is not supported{hint}")
+        raise _LineError(f"key '{key}': {shown(value)} is not supported{hint}")
 
 
 def _whole(body: Mapping[str, Any], key: str, low: int, high: int) -> int | None:
@@ -316,7 +316,7 @@ def _whole(body: Mapping[str, Any], key: str, low: int, high: int) -> int | None
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise _LineError(f"key '{key}': must be a whole number {low} to {high}, got {_show(value)}")
+        raise _LineError(f"key '{key}': must be a whole number {low} to {high}, got {shown(value)}")
     return value
 
 
@@ -326,7 +326,7 @@ def _number(body: Mapping[str, Any], key: str, high: float) -> float | None:
         return None
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0.0 <= value <= high:
-        raise _LineError(f"key '{key}': must be a number 0 to {high:g}, got {_show(value)}")
+        raise _LineError(f"key '{key}': must be a number 0 to {high:g}, got {shown(value)}")
     return float(value)
 
 
@@ -341,21 +341,16 @@ def _stop(value: Any) -> tuple[str, ...]:
     ):
         raise _LineError(
             f"key 'stop': must be a string or up to {MAX_STOP_STRINGS} strings, none empty, "
-            f"got {_show(value)}"
+            f"got {shown(value)}"
         )
     return tuple(_text("stop", text) for text in strings)
 
 
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise _LineError(f"key '{key}': must be a string, got {_show(value)}")
+        raise _LineError(f"key '{key}': must be a string, got {shown(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair; no text can hold it
         raise _LineError(f"key '{key}': holds half of a surrogate pair") from None
     return value
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.errors import JupiterError
+from engine.errors import JupiterError, cut
 from engine.paths import state_dir
 from tui.conversation import Conversation, now, shortened
 
@@ -144,7 +144,9 @@ class ConversationStore:
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {reason(error)}") from None
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-            raise StoreError(f"{path}: not a conversation of this version: {error}") from None
+            raise StoreError(
+                f"{path}: not a conversation of this version: {cut(str(error))}"
+            ) from None
         conversation.id = path.stem  # a copied file is a conversation of its own
         return conversation
 

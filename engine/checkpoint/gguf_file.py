@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from gguf.gguf_reader import ReaderTensor
 
 from engine.checkpoint.safetensors_file import Entry, write_sharded
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, shown
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 """GGUF's `general.architecture`; Mistral models are "llama" there."""
@@ -67,7 +67,7 @@ class GGUFCheckpoint:
         self.architecture = str(self.value("general.architecture"))
         if self.architecture not in ARCHITECTURES:
             raise CheckpointError(
-                f"{path}: GGUF architecture {self.architecture!r} is not supported; "
+                f"{path}: GGUF architecture {shown(self.architecture)} is not supported; "
                 f"supported: {', '.join(ARCHITECTURES)}"
             )
         if int(self.value("split.count", 1)) > 1:
@@ -165,7 +165,7 @@ class GGUFCheckpoint:
             factor = self.value(f"{self.architecture}.rope.scaling.factor")
             return {"rope_type": "linear", "factor": float(factor)}
         if kind != "none":
-            raise CheckpointError(f"{self.path}: rope scaling {kind!r} is not supported")
+            raise CheckpointError(f"{self.path}: rope scaling {shown(kind)} is not supported")
         return None
 
     def _special_ids(self) -> dict[str, int | None]:

@@ -123,7 +123,7 @@ def _load_torch_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: damaged, or holds more than plain tensors, which Jupiter does not load"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle fails in any way at all, even IndexError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: damaged or cut short: {reason}") from None
     if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):

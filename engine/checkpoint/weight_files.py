@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE, read_shapes
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, shown
 
 # As transformers looks for them: one file before shards, safetensors before pickles.
 WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -53,7 +53,7 @@ def _read_index(path: Path) -> WeightFiles:
         raise CheckpointError(f"{path}: damaged: no weight_map of tensor names to files") from None
     for name in set(names.values()):
         if Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"{path}: refused: {name!r} is not a file of its own folder")
+            raise CheckpointError(f"{path}: refused: {shown(name)} is not a file of its own folder")
         if not (path.parent / name).is_file():
             raise CheckpointError(f"{path.parent / name}: missing, though {path.name} names it")
     index = {key: path.parent / name for key, name in names.items()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from engine.errors import shown
 from engine.protocol import Message
 from engine.training.row_files import DataError, read_records
 
@@ -179,7 +180,7 @@ def _row(path: Path, line: int, record: Any, questions: Questions | None) -> Row
 
 def _object(record: Any) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise _RowError(f"must be a JSON object, got {_shown(record)}")
+        raise _RowError(f"must be a JSON object, got {shown(record)}")
     return record
 
 
@@ -207,7 +208,7 @@ def _messages(value: Any) -> tuple[Message, ...]:
         except (ValueError, RecursionError):
             raise _RowError("key 'messages': not JSON") from None
     if not isinstance(value, list) or not value:
-        raise _RowError(f"key 'messages': must be a list of messages, got {_shown(value)}")
+        raise _RowError(f"key 'messages': must be a list of messages, got {shown(value)}")
     return tuple(_message(f"messages[{at}]", message) for at, message in enumerate(value))
 
 
@@ -245,14 +246,9 @@ def _batch_answer(where: str, record: dict[str, Any], questions: Questions | Non
 
 def _string(key: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise _RowError(f"key '{key}': must be a string, got {_shown(value)}")
+        raise _RowError(f"key '{key}': must be a string, got {shown(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair; no text can hold it
         raise _RowError(f"key '{key}': holds half of a surrogate pair") from None
     return value
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -131,13 +131,13 @@ def test_an_unknown_rope_scaling_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"a\.gguf: rope_freqs\.weight"):
         GGUFCheckpoint(file)
     file = write_gguf(model, tmp_path / "b.gguf", metadata={"rope.scaling.type": "yarn"})
-    with pytest.raises(CheckpointError, match=r"b\.gguf: rope scaling 'yarn'"):
+    with pytest.raises(CheckpointError, match=r'b\.gguf: rope scaling "yarn"'):
         GGUFCheckpoint(file)
 
 
 def test_unsupported_architectures_and_features_are_named(tmp_path: Path) -> None:
     model = reference(layers=1, vocab=len(TOKENS))
-    with pytest.raises(CheckpointError, match="architecture 'gemma' is not supported"):
+    with pytest.raises(CheckpointError, match='architecture "gemma" is not supported'):
         GGUFCheckpoint(write_gguf(model, tmp_path / "a.gguf", arch="gemma"))
     with pytest.raises(CheckpointError, match="mixture-of-experts"):
         GGUFCheckpoint(write_gguf(model, tmp_path / "b.gguf", metadata={"expert_count": 8}))

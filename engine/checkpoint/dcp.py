@@ -34,10 +34,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from engine.checkpoint.mcore_files import METADATA
 from engine.errors import CheckpointError
-
-METADATA = ".metadata"
-SUFFIX = ".distcp"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from engine.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common.pt"
+METADATA = ".metadata"
 FORMAT = "metadata.json"
 ITERATION = re.compile(r"iter_(\d{7,})")
 
@@ -60,7 +61,7 @@ def check_format(folder: Path) -> None:
         raise CheckpointError(f"{path}: damaged: names no sharded_backend") from None
     if backend != "torch_dist":
         raise CheckpointError(f"{path}: sharded_backend {backend!r} cannot be read; torch_dist can")
-    for name in (".metadata", COMMON):
+    for name in (METADATA, COMMON):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; not a whole checkpoint")
 

@@ -1,4 +1,7 @@
-"""Lazy reading of a checkpoint's tensors: safetensors and torch files, single and in shards."""
+"""Lazy reading of a checkpoint's tensors: safetensors and torch files, single and in shards.
+
+Megatron-Core's folders are read by engine/checkpoint/mcore.py.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.checkpoint.mcore import McoreReader
+from engine.checkpoint.mcore_files import is_mcore
 from engine.checkpoint.safetensors_file import read_index
 from engine.checkpoint.tensor_entry import dtype_of, read_tensor
 from engine.checkpoint.weight_files import find_weights
@@ -131,10 +136,10 @@ def _load_torch_file(path: Path) -> dict[str, Tensor]:
     return values
 
 
-def open_checkpoint(path: Path) -> WeightReader:
-    """Open a model folder in Hugging Face's layout, or a single weight file.
+def open_checkpoint(path: Path) -> WeightReader | McoreReader:
+    """Open a model folder in Hugging Face's or Megatron-Core's layout, or a single weight file.
 
     Raises:
         CheckpointError: no weights, a damaged index, or a file that is missing or damaged.
     """
-    return WeightReader(path)
+    return McoreReader(path) if is_mcore(path) else WeightReader(path)

@@ -7,6 +7,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.checkpoint.mcore_files import METADATA, is_mcore, iteration_folder
 from engine.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE, read_shapes
 from engine.errors import CheckpointError, shown
 
@@ -28,7 +29,7 @@ class WeightFiles:
 
 
 def find_weights(path: Path) -> WeightFiles:
-    """The weight files at `path`: a folder in Hugging Face's layout, or one file.
+    """The weight files at `path`: a folder in Hugging Face's or Megatron-Core's layout, or a file.
 
     Raises:
         CheckpointError: there are none, the index is damaged, names a file outside the folder
@@ -36,6 +37,9 @@ def find_weights(path: Path) -> WeightFiles:
     """
     if path.is_file():
         return WeightFiles((path,))
+    if is_mcore(path):
+        folder = iteration_folder(path)
+        return WeightFiles((folder / METADATA, *sorted(folder.glob("*.distcp"))))
     for name in WEIGHT_FILES:
         found = path / name
         if found.is_file():
@@ -69,7 +73,7 @@ def check_whole(path: Path) -> None:
     for file in find_weights(path).files:
         if file.suffix == ".safetensors":
             read_shapes(file)
-        else:
+        elif file.name != METADATA and file.suffix != ".distcp":
             _check_torch_file(file)
 
 

@@ -16,6 +16,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from engine.checkpoint.gguf_file import BLOCK_NAMES, ROPE_FREQS, TOP_NAMES
+from engine.checkpoint.mcore import McoreReader
 from engine.checkpoint.reader import WeightReader, open_checkpoint
 from engine.errors import JupiterError
 from engine.model.config import ModelConfig
@@ -67,7 +68,12 @@ def _add_metadata(writer: gguf.GGUFWriter, model: ModelConfig, kind: Kind) -> No
 
 
 def _add_tensors(
-    writer: gguf.GGUFWriter, reader: WeightReader, model: ModelConfig, kind: Kind, *, permute: bool
+    writer: gguf.GGUFWriter,
+    reader: WeightReader | McoreReader,
+    model: ModelConfig,
+    kind: Kind,
+    *,
+    permute: bool,
 ) -> None:
     heads = {"attn_q": model.num_attention_heads, "attn_k": model.num_key_value_heads}
     for key in list(reader.keys()):

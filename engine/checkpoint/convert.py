@@ -1,9 +1,9 @@
 """Conversions that need transformers, run as a process of their own.
 
-`python -m engine.checkpoint.convert gguf FILE FOLDER`, `... tokenizer FOLDER OUTPUT` or
-`... shapes PATH`. A process of its own keeps transformers and torch out of the client, which only
-wants the result. Progress and the result go to stdout, a line each; an error is the last line of
-stderr, with exit code 2.
+`python -m engine.checkpoint.convert gguf FILE FOLDER`, `... tokenizer FOLDER OUTPUT`,
+`... shapes PATH` or `... integers PATH TENSOR`. A process of its own keeps transformers and torch
+out of the client, which only wants the result. Progress and the result go to stdout, a line each;
+an error is the last line of stderr, with exit code 2.
 """
 
 from __future__ import annotations
@@ -43,6 +43,13 @@ def print_shapes(path: Path) -> None:
     _say(json.dumps(open_checkpoint(path).shapes()))
 
 
+def print_integers(path: Path, name: str) -> None:
+    """Print the values of an integer tensor, as one line of JSON."""
+    from engine.checkpoint.reader import open_checkpoint
+
+    _say(json.dumps(open_checkpoint(path).tensor(name).tolist()))
+
+
 def _load_tokenizer(folder: Path, **options: str) -> Any:
     from transformers import AutoTokenizer
 
@@ -74,13 +81,14 @@ def _say(message: str) -> None:
 def main(words: list[str]) -> int:
     """Run one conversion; returns the exit code."""
     command, *paths = words
-    commands: dict[str, Callable[..., None]] = {
-        "gguf": convert_gguf,
-        "tokenizer": convert_tokenizer,
-        "shapes": print_shapes,
+    commands: dict[str, Callable[[], None]] = {
+        "gguf": lambda: convert_gguf(*map(Path, paths)),
+        "tokenizer": lambda: convert_tokenizer(*map(Path, paths)),
+        "shapes": lambda: print_shapes(*map(Path, paths)),
+        "integers": lambda: print_integers(Path(paths[0]), paths[1]),
     }
     try:
-        commands[command](*map(Path, paths))
+        commands[command]()
     except JupiterError as error:
         print(error, file=sys.stderr)
         return error.exit_code

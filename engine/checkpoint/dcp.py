@@ -9,6 +9,7 @@ else, so a file from a stranger can run no code.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import pickle
@@ -133,10 +134,22 @@ def write_parts(
         planner.set_up_planner({}, is_coordinator=True)
     plans = [writer.prepare_local_plan(planner.create_local_plan()) for planner in planners]
     plans, told = planners[0].create_global_plan(plans)
-    written = []
-    for planner, plan in zip(planners, writer.prepare_global_plan(plans), strict=True):
-        written.append(writer.write_data(planner.finish_plan(plan), planner).wait())
-    writer.finish(told, written)
+    try:
+        written = [
+            writer.write_data(planner.finish_plan(plan), planner).wait()
+            for planner, plan in zip(planners, writer.prepare_global_plan(plans), strict=True)
+        ]
+        writer.finish(told, written)
+    except RuntimeError as error:  # torch.save's own, over that of the file
+        raise disk_error(error) from None
+
+
+def disk_error(error: BaseException) -> OSError:
+    """Why a file could not be written, which torch.save tells only as the cause of its own error."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or OSError(errno.EIO, (str(error).splitlines() or ["cannot be written"])[0])
 
 
 class DcpReader:

@@ -274,7 +274,7 @@ def inspect_heads(path: Path) -> HeadSpec:
         shapes = _torch_shapes(weights)
         layout = read_layout(shapes, weights, original=original_lm_head(weights))
         if layout.token_map is not None:
-            raise CheckpointError(f"{weights}: heads with a token_map must be in safetensors")
+            map_values = _torch_integers(weights, layout.token_map)
     return make_spec(layout, shapes, map_values, weights)
 
 
@@ -287,6 +287,15 @@ def _torch_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     lines: list[str] = []
     run_module(CONVERT, ["shapes", str(path)], lines.append)
     return {name: tuple(shape) for name, shape in json.loads(lines[-1]).items()}
+
+
+def _torch_integers(path: Path, name: str) -> tuple[int, ...]:
+    if "torch" in sys.modules:
+        reader = importlib.import_module("engine.checkpoint.reader")
+        return tuple(reader.open_checkpoint(path).tensor(name).tolist())
+    lines: list[str] = []
+    run_module(CONVERT, ["integers", str(path), name], lines.append)
+    return tuple(json.loads(lines[-1]))
 
 
 def check_heads(spec: HeadSpec, model: ModelConfig, path: Path) -> None:

@@ -61,14 +61,15 @@ def find_heads(config: JupiterConfig, folder: Path) -> tuple[Path, HeadSpec] | N
         return None
     if config.medusa_head_path is not None:
         path = local_folder(config.medusa_head_path)
-    elif _is_merged(folder):
+    elif is_merged(folder):
         path = folder
     else:
         return None
     return path, inspect_heads(path).first(config.medusa_num_heads)
 
 
-def _is_merged(folder: Path) -> bool:
+def is_merged(folder: Path) -> bool:
+    """Whether the model in `folder` says that it has Medusa heads in it."""
     return bool(_raw_config(folder).get("medusa_num_heads"))
 
 

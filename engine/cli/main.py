@@ -11,6 +11,7 @@ from engine.errors import ExitCode, JupiterError
 
 COMMANDS = {
     "bench": "measure on this machine: `bench decode`, `bench step`, `bench quality`, `bench ui`",
+    "export": "convert between Hugging Face folders and Megatron-Core checkpoints",
     "fetch": "bring a model into the cache and print its folder",
     "medusa": "train Medusa heads (also: `medusa generate`, `medusa eval`)",
     "merge": "write base model and Medusa heads as one Hugging Face folder",

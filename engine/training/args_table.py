@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from engine.training.args import GROUPS
+from engine.training.args_export import ExportArguments
 from engine.training.args_fields import Argument, arguments, expected, show
 from engine.training.args_medusa import EvalArguments, GenerateArguments
 
@@ -26,6 +27,7 @@ def markdown() -> str:
     parts = [_table(f"### {title}", arguments(cls).values()) for title, cls in GROUPS]
     for name, cls in (("generate", GenerateArguments), ("eval", EvalArguments)):
         parts.append(_table(f"### `jupiter medusa {name}`", arguments(cls).values()))
+    parts.append(_table("### `jupiter export`", arguments(ExportArguments).values()))
     return "\n".join(parts)
 
 

@@ -145,7 +145,7 @@ def write_parts(
 
 
 def disk_error(error: BaseException) -> OSError:
-    """Why a file could not be written, which torch.save tells only as the cause of its own error."""
+    """Why a file could not be written: torch.save tells that only as the cause of its own error."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from engine.errors import EngineError
-from engine.paths import state_dir
+from engine.paths import make_private, state_dir
 
 KEEP_LAUNCHES = 20
 TAIL_BYTES = 16_384
@@ -31,7 +31,7 @@ def new_log_dir() -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
     path = root / f"{stamp}.{int(now * 1000) % 1000:03}-{os.getpid()}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_private(root)
         path.mkdir(mode=0o700)
     except OSError as error:
         raise EngineError(

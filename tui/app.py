@@ -22,7 +22,7 @@ from textual.widgets import TextArea
 
 from engine.config import JupiterConfig
 from engine.errors import ExitCode
-from engine.paths import state_dir
+from engine.paths import make_private, state_dir
 from tui import preferences
 from tui.commands import offers
 from tui.keys import checked_keymap
@@ -30,6 +30,7 @@ from tui.messages import EngineChanged, EngineNotice
 from tui.modes import MODES, AsksBeforeLeaving, ShowsEngine
 from tui.session import ClientFactory, EngineSession
 from tui.speeds import SpeedStore
+from tui.store import write_private
 from tui.telemetry import TelemetryStore
 from tui.themes import ANSI_DARK, THEMES, colours, default_theme, partner
 
@@ -229,8 +230,7 @@ class JupiterApp(App[int]):
         """A mistake in the program: one line for the user, the traceback in a file."""
         path = state_dir() / "logs" / "crash.log"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(traceback.format_exc(), encoding="utf-8")
+            write_private(make_private(path.parent) / path.name, traceback.format_exc().encode())
             where = f"details in {path}"
         except OSError as error:
             where = f"details could not be kept: {error}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from textual.app import App
 
-from engine.paths import state_dir
+from engine.paths import make_private, state_dir
 from tui.store import write_private
 
 
@@ -19,7 +19,7 @@ def copy(app: App[Any], text: str, what: str) -> None:
     app.copy_to_clipboard(text)
     path = state_dir() / "copied.txt"
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path.parent)
         write_private(path, text.encode())
     except OSError:
         app.notify("for a terminal that takes it", title=f"{what} copied")

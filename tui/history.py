@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.paths import state_dir
+from engine.paths import make_private, state_dir
 from tui.store import write_private
 
 KEPT = 500
@@ -67,7 +67,7 @@ class PromptHistory:
         return prompts[-KEPT:]
 
     def _append(self, prompt: str) -> None:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self._path.parent)
         # One append is one write: two workbenches at a time do not mix their lines.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         handle = os.open(self._path, flags, 0o600)

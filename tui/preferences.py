@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
 
-from engine.paths import state_dir
+from engine.paths import make_private, state_dir
+from tui.store import write_private
 
 
 class Preferences(msgspec.Struct, frozen=True):
@@ -39,10 +39,5 @@ def load() -> Preferences:
 def save(preferences: Preferences) -> None:
     """Keep the choices, as a whole or not at all. Raises OSError."""
     path = preferences_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}.new")
-    try:
-        new.write_bytes(msgspec.json.encode(preferences))
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    make_private(path.parent)
+    write_private(path, msgspec.json.encode(preferences))

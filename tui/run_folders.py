@@ -6,7 +6,6 @@ Free of Textual and torch.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,8 @@ import msgspec
 import psutil
 
 from engine.errors import ConfigError
-from engine.paths import state_dir
+from engine.paths import make_private, state_dir
+from tui.store import write_private
 
 Status = Literal["running", "finished", "stopped", "ended"]
 PROCESS = "process.json"
@@ -123,7 +123,7 @@ def write_process(path: Path, pid: int, log: Path) -> None:
         created = psutil.Process(pid).create_time()
     except psutil.Error:
         return  # over already: there is nothing to find again
-    _write(path / PROCESS, msgspec.json.encode(RunProcess(pid, created, str(log))))
+    write_private(path / PROCESS, msgspec.json.encode(RunProcess(pid, created, str(log))))
 
 
 # --- the list of runs -----------------------------------------------------------------------------
@@ -146,8 +146,8 @@ def recent_runs() -> list[RunFolder]:
 def remember(path: Path) -> None:
     """Put a run folder on the list. Raises OSError."""
     names = [str(path), *(name for name in _remembered() if name != str(path))]
-    _list().parent.mkdir(parents=True, exist_ok=True)
-    _write(_list(), json.dumps(names[:KEEP], indent=2).encode())
+    make_private(_list().parent)
+    write_private(_list(), json.dumps(names[:KEEP], indent=2).encode())
 
 
 def _list() -> Path:
@@ -160,10 +160,3 @@ def _remembered() -> list[str]:
     except (OSError, ValueError, RecursionError):
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import JupiterError, cut
-from engine.paths import state_dir
+from engine.paths import make_private, state_dir
 from tui.conversation import Conversation, now, shortened
 
 SNIPPET_LEAD = 12
@@ -113,7 +113,7 @@ class ConversationStore:
 
     def _put(self, path: Path, data: bytes) -> None:
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(self.folder)
             write_private(path, data)
         except OSError as error:
             raise StoreError(f"{path}: cannot be written: {reason(error)}") from None

@@ -18,7 +18,7 @@ from typing import Literal
 
 from engine.errors import EngineError, ExitCode
 from engine.logs import describe_exit
-from engine.paths import state_dir
+from engine.paths import make_private, state_dir
 from engine.processes import ProcessHandle
 from engine.protocol import EventEnvelope, TrainingStarted, TrainingStep
 from engine.queue_client import Item, QueueClient
@@ -254,7 +254,7 @@ def _new_log() -> Path:
     folder = state_dir() / "training"
     path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}.log"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         path.touch(mode=0o600)
         for old in sorted(folder.glob("*.log"))[:-KEEP_LOGS]:
             old.unlink()

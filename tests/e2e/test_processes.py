@@ -146,9 +146,25 @@ def test_when_a_worker_is_killed_all_end_and_it_is_told(run: Run, run_base: Path
     assert not list(run_base.iterdir())
 
 
-def test_a_run_stays_on_loopback_and_leaves_nothing_when_terminated(
-    run: Run, run_base: Path
+def readable_by_others(folder: Path) -> list[Path]:
+    """Files and sockets below `folder` that somebody else could open."""
+    if not folder.stat().st_mode & 0o077:
+        return []
+    found = []
+    for path in folder.iterdir():
+        if path.is_dir():
+            found += readable_by_others(path)
+        elif path.lstat().st_mode & 0o077:
+            found.append(path)
+    return found
+
+
+def test_a_run_is_private_stays_on_loopback_and_leaves_nothing_when_terminated(
+    run: Run, run_base: Path, tmp_path: Path
 ) -> None:
+    state = tmp_path / "state"
+    assert list(state.rglob("*.log")) and list(run_base.rglob("commands"))
+    assert readable_by_others(state) == readable_by_others(run_base) == []
     addresses = set()
     for process in (psutil.Process(run.process.pid), *run.tree):
         with suppress(psutil.NoSuchProcess):

@@ -33,6 +33,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    mode: Literal["plain", "outline"] = "plain"
+    """With "outline" the points of an answer that is a list are written side by side; see
+    `Tokens.point`. Limits hold for the whole answer, stop strings for each point."""
 
 
 class Transcript(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -70,8 +73,6 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Tokens that the answer has already: not sent again, but counted for every limit."""
     answered_steps: int = 0
     """Decode steps that these took, for the limit on steps."""
-    fork: bool = False
-    """Copy the KV rows of the longest beginning that any sequence shares, one that runs too."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -165,6 +166,9 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     text: str
     trace: tuple[StepTrace, ...] = ()
     """How they came, where `Generate.trace` asked for it; the pieces together are `text`."""
+    point: int = 0
+    """Of an outline answer: the point, from 1, that grows by these; 0 is what comes before the
+    list. The answer is the points' texts in their order."""
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,8 +21,9 @@ from engine.decoding.tuner import Drafting
 from engine.errors import PromptError, StageLostError
 from engine.pipeline.batch import Copy, Entry, Judge, Result, decode_results, encode_batch
 from engine.pipeline.link import Kind, Link
+from engine.pipeline.outlines import Outlines
 from engine.pipeline.rule import accept_rule
-from engine.pipeline.sequence import Limits, Sequence, never_started
+from engine.pipeline.sequence import Fork, Limits, Sequence, never_started
 from engine.pipeline.slots import SlotTable
 from engine.pipeline.stage import Stage
 from engine.pipeline.tracing import step_trace
@@ -93,7 +94,9 @@ class Scheduler:
         self.stage, self.link, self.codec, self.config = stage, link, codec, config
         self.drafting = drafting
         self.context_length = context_length
-        self.inbox, self.emit, self.tick_s = inbox, emit, tick_s
+        self.inbox, self.tick_s = inbox, tick_s
+        self.outlines = Outlines(codec, config, inbox.put, emit)
+        self.emit = self.outlines.emit
         self.slots = SlotTable(config.max_num_seqs)
         self.waiting: deque[tuple[Generate, float]] = deque()
         self.running: list[Sequence] = []
@@ -166,12 +169,21 @@ class Scheduler:
                 self.tick_out = False
             case LinkDown(error):
                 raise StageLostError(f"rank 0 lost a neighbour: {error}")
+            case Generate() | Cancel() if self.outlines.takes(item):
+                pass
+            case Fork():  # part of an answer that has begun
+                self._put_first(item)
             case Generate():
                 self.waiting.append((item, time.perf_counter()))
             case Cancel(request_id):
                 self._cancel(request_id)
             case Shutdown():
                 self.stopping = True
+
+    def _put_first(self, fork: Fork) -> None:
+        """Let it wait behind others of its kind only."""
+        others = sum(isinstance(request, Fork) for request, _ in self.waiting)
+        self.waiting.insert(others, (fork, time.perf_counter()))
 
     def _cancel(self, request_id: str) -> None:
         for sequence in self.running:
@@ -214,7 +226,7 @@ class Scheduler:
             limit=self.context_length,
             transcript=request.transcript,
             answered=request.answered,
-            fork=request.fork,
+            fork=isinstance(request, Fork),
         )
         slot, tokens, cached = place.slot, place.tokens, place.cached
         if place.copy is not None:

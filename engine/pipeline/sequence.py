@@ -9,8 +9,15 @@ from dataclasses import dataclass, field
 from engine.decoding.accept import AcceptRule
 from engine.decoding.tree import ROOT_ONLY, Tree
 from engine.pipeline.slots import Slot
-from engine.protocol import Finished, FinishReason, Metrics, Started, Transcript
+from engine.protocol import Finished, FinishReason, Generate, Metrics, Started, Transcript
 from engine.text import TextStream
+
+
+class Fork(Generate, frozen=True, kw_only=True):
+    """A request of the engine's own: it may begin with KV rows of any sequence, copied."""
+
+    point: int = 0
+    """The point of an outline that it writes, from 1; 0 for none."""
 
 
 @dataclass

@@ -19,6 +19,7 @@ from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, fuse_projecti
 from engine.pipeline.rehearsal import rehearse
 from engine.pipeline.rule import accept_rule
 from engine.pipeline.scheduler import Scheduler
+from engine.pipeline.sequence import Fork
 from engine.pipeline.stage import Stage
 from engine.protocol import (
     Cancel,
@@ -240,9 +241,7 @@ def test_forks_of_running_and_ended_sequences_answer_like_fresh_ones(engine: Eng
     while not tokens_of(seen):
         seen.append(engine.events.get(timeout=30))
     texts = [whole[: 20 + n] + f" {n}?" for n in range(4)]
-    forks = [
-        Generate(request_id=str(n), prompt=t, params=GREEDY, fork=True) for n, t in enumerate(texts)
-    ]
+    forks = [Fork(request_id=str(n), prompt=t, params=GREEDY) for n, t in enumerate(texts)]
     events = engine.ask(*forks)
     for n, text in enumerate(texts):
         started = events[str(n)][0]
@@ -256,7 +255,7 @@ def test_forks_of_running_and_ended_sequences_answer_like_fresh_ones(engine: Eng
     assert tokens_of(seen) == expected_greedy(engine.codec, whole, len(tokens_of(seen)))
     # What an answer's last step has yet to move is no part of a fork.
     text = whole + text_of(seen)
-    fork = engine.ask(Generate(request_id="on", prompt=text, params=GREEDY, fork=True))["on"]
+    fork = engine.ask(Fork(request_id="on", prompt=text, params=GREEDY))["on"]
     assert tokens_of(fork) == expected_greedy(engine.codec, text, 24)
 
 

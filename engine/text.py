@@ -38,6 +38,8 @@ class TextCodec:
 
         `eos_token_ids` are those of the model's config; generation_config.json adds to them.
         """
+        self.made_of = (folder, tokenizer_file, tuple(eos_token_ids))
+        """What it was made of, for making it again in another process."""
         try:
             self.tokenizer = Tokenizer.from_file(str(tokenizer_file))
         except Exception as error:  # the library raises plain Exception
@@ -50,7 +52,8 @@ class TextCodec:
         }
         source = _template_source(folder, settings)
         self.has_chat_template = source is not None
-        self.template = _environment().from_string(source or VICUNA_TEMPLATE)
+        self.template_source = source or VICUNA_TEMPLATE
+        self.template = _environment().from_string(self.template_source)
         self._anchor = self.encode("a", add_special_tokens=False)
         self._token_texts: dict[int, str] = {}
         self.stop_ids = frozenset(

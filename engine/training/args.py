@@ -22,6 +22,7 @@ from engine.training.args_training import (
     Regularization,
     Training,
 )
+from engine.training.self_cognition import make_names
 
 GROUPS: tuple[tuple[str, type], ...] = (
     ("Data and run", Run),
@@ -127,6 +128,7 @@ def validate(args: TrainArguments, world_size: int) -> None:
     _check_sizes(args, world_size)
     _check_schedule(args)
     _check_medusa(args)
+    make_names(args.model_name, args.model_author)
     if args.val_dataset and "split_dataset_ratio" in args.given and args.split_dataset_ratio:
         raise ConfigError(
             "--split_dataset_ratio: rows for evaluation are in --val_dataset; give one"

@@ -125,18 +125,17 @@ class Run:
     lazy_tokenize: bool = arg(
         False, "tokenize while training", only=[False], because=f"lazy tokenizing {LATER}"
     )
-    dataset_num_proc: PositiveInt | None = arg(None, "threads that tokenize", shown="all cores")
+    dataset_num_proc: PositiveInt | None = arg(
+        None,
+        "processes that tokenize; what they made is kept on the disk for the next run",
+        shown="one, with a thread a core",
+    )
     model_author: list[str] = arg(
         [],
-        "who made the model (zh, en)",
+        "who made the model, for `{{AUTHOR}}` in the rows: one value, or one for rows with the "
+        "tag zh and one for the others",
         shown="none",
-        only=[[]],
-        because=f"self-cognition {LATER}",
     )
     model_name: list[str] = arg(
-        [],
-        "what the model is called (zh, en)",
-        shown="none",
-        only=[[]],
-        because=f"self-cognition {LATER}",
+        [], "what the model is called, for `{{NAME}}` in the rows, as `model_author`", shown="none"
     )

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import overload
 
 from engine.text import TextCodec
 from engine.training.args import TrainArguments
 from engine.training.packing import pack
 from engine.training.row_files import DataError
-from engine.training.rows import Split, read_questions, read_split
-from engine.training.template import Sample, tokenize
+from engine.training.rows import Row, Split, read_questions, read_split
+from engine.training.self_cognition import fill_all, make_names
+from engine.training.template import Form, Sample
+from engine.training.tokenizing import StoredSamples, stored
 
 __all__ = ["DataError", "Sample", "load_samples", "micro_batches", "sequences"]
+
+Tell = Callable[[str], None]
 
 
 def load_samples(
@@ -25,18 +30,31 @@ def load_samples(
     codec: TextCodec,
     split: Split,
     *,
-    note: Callable[[str], None] = lambda text: None,
-) -> list[Sample]:
+    note: Tell = lambda text: None,
+) -> Sequence[Sample]:
     """The tokenized rows for training or for evaluation; the latter may be none.
 
     Args:
         args: `dataset`, `val_dataset`, `split_dataset_ratio`, `batch_input`, `seed`, `system`,
-            `max_length`, `dataset_num_proc`.
+            `max_length`, `dataset_num_proc`, `model_name`, `model_author`.
         note: told, for people, how many rows were cut or dropped.
 
     Raises:
         DataError: a file or row that cannot be used, by file and line, or nothing to learn.
     """
+    rows = _read(args, split, note)
+    samples = stored(rows, codec, form_of(args), processes=args.dataset_num_proc, note=note)
+    if split == "train" and not samples:
+        raise DataError(f"{' '.join(args.dataset)}: holds nothing to learn")
+    return samples
+
+
+def form_of(args: TrainArguments) -> Form:
+    """How the rows of a run become samples."""
+    return Form(args.system, args.max_length)
+
+
+def _read(args: TrainArguments, split: Split, note: Tell) -> list[Row]:
     questions = read_questions(args.batch_input) if args.batch_input else None
     has_own = bool(args.val_dataset)
     rows = read_split(
@@ -46,27 +64,40 @@ def load_samples(
         held_out=0.0 if has_own else args.split_dataset_ratio,
         questions=questions,
     )
-    samples = tokenize(
-        rows,
-        codec,
-        system=args.system,
-        max_length=args.max_length,
-        threads=args.dataset_num_proc,
-        note=note,
-    )
-    if split == "train" and not samples:
-        raise DataError(f"{' '.join(args.dataset)}: holds nothing to learn")
-    return samples
+    names = make_names(args.model_name, args.model_author)
+    return fill_all(rows, names, note if split == "train" else lambda text: None)
 
 
-def sequences(samples: Sequence[Sample], args: TrainArguments) -> list[list[Sample]]:
+class Units(Sequence[list[Sample]]):
+    """What a batch size counts: single samples, or several that are packed together."""
+
+    def __init__(self, samples: Sequence[Sample], bins: Sequence[Sequence[int]] | None) -> None:
+        self._samples, self._bins = samples, bins
+
+    def __len__(self) -> int:
+        return len(self._samples if self._bins is None else self._bins)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Sample]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[Sample]]: ...
+    def __getitem__(self, index: int | slice) -> list[Sample] | list[list[Sample]]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        chosen = [index] if self._bins is None else self._bins[index]
+        return [self._samples[at] for at in chosen]
+
+
+def sequences(samples: Sequence[Sample], args: TrainArguments) -> Units:
     """What a batch size counts: single samples, or with `packing` as many as fit `max_length`."""
     if not args.packing:
-        return [[sample] for sample in samples]
-    longest = max(map(len, samples), default=1)
-    room = args.max_length or args.seq_length or longest
-    bins = pack([len(sample) for sample in samples], room, args.seed)
-    return [[samples[index] for index in chosen] for chosen in bins]
+        return Units(samples, None)
+    if isinstance(samples, StoredSamples):
+        lengths = samples.lengths.tolist()
+    else:
+        lengths = [len(sample) for sample in samples]
+    room = args.max_length or args.seq_length or max(lengths, default=1)
+    return Units(samples, pack(lengths, room, args.seed))
 
 
 def micro_batches(

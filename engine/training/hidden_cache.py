@@ -29,6 +29,7 @@ from engine.training.checkpoint import sync
 from engine.training.mesh import Mesh
 from engine.training.pipeline import Pipeline
 from engine.training.template import Sample
+from engine.training.tokenizing import StoredSamples
 
 HIDDEN = "hidden"
 SHARD_TOKENS = 16_384
@@ -166,6 +167,8 @@ def cache_folder(
 
 def data_digest(samples: Sequence[Sample]) -> str:
     """A name for these samples: other tokens, targets or order, another name."""
+    if isinstance(samples, StoredSamples):
+        return samples.digest[:16]
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(len(sample).to_bytes(8, "little"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         DataError: the file is missing, of another kind, or damaged; the line is named.
     """
-    readers: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+    readers: dict[str, Callable[[Path, Iterator[str]], Iterator[Record]]] = {
         ".jsonl": _jsonl,
         ".json": _json,
         ".csv": _csv,
@@ -39,26 +39,29 @@ def read_records(path: Path) -> Iterator[Record]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: not a data file; the kinds are {KINDS}")
-    return reader(path, _text(path))
+    return reader(path, _lines(path))
 
 
-def _text(path: Path) -> str:
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file with their ends, read as they are asked for.
+
+    Only a line feed ends a line: JSON text may hold other Unicode line ends.
+    """
+    number = 0
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}: line {line}: not UTF-8") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: line {number}: not UTF-8") from None
 
 
-def _jsonl(path: Path, text: str) -> Iterator[Record]:
-    # Only a line feed ends a line: JSON text may hold other Unicode line ends.
-    for number, line in enumerate(text.split("\n"), start=1):
+def _jsonl(path: Path, lines: Iterator[str]) -> Iterator[Record]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield number, _parse(path, number, line)
+            yield number, _parse(path, number, line.rstrip("\r\n"))
 
 
 def _parse(path: Path, number: int, line: str) -> Any:
@@ -72,10 +75,11 @@ def _parse(path: Path, number: int, line: str) -> Any:
         raise DataError(f"{path}: line {number}: not JSON that can be read: {error}") from None
 
 
-def _json(path: Path, text: str) -> Iterator[Record]:
+def _json(path: Path, lines: Iterator[str]) -> Iterator[Record]:
     """The elements of one list; a file of JSON lines by this name is understood, too."""
+    text = "".join(lines)
     if not text.lstrip().startswith("["):
-        yield from _jsonl(path, text)
+        yield from _jsonl(path, iter(text.split("\n")))
         return
     decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1
     counted = 0
@@ -105,8 +109,8 @@ def _json(path: Path, text: str) -> Iterator[Record]:
         raise DataError(f"{path}: not JSON: there is more after the list")
 
 
-def _csv(path: Path, text: str) -> Iterator[Record]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _csv(path: Path, lines: Iterator[str]) -> Iterator[Record]:
+    reader = csv.reader(lines, strict=True)
     names: list[str] | None = None
     line = 1
     try:
@@ -124,11 +128,11 @@ def _csv(path: Path, text: str) -> Iterator[Record]:
         raise DataError(f"{path}: line {line}: not CSV: {error}") from None
 
 
-def _paragraphs(path: Path, text: str) -> Iterator[Record]:
-    lines: list[str] = []
-    for number, line in enumerate([*text.splitlines(), ""], start=1):
+def _paragraphs(path: Path, lines: Iterator[str]) -> Iterator[Record]:
+    found: list[str] = []
+    for number, line in enumerate(chain(lines, [""]), start=1):
         if line.strip():
-            lines.append(line)
-        elif lines:
-            yield number - len(lines), "\n".join(lines)
-            lines = []
+            found.append(line.rstrip("\r\n"))
+        elif found:
+            yield number - len(found), "\n".join(found)
+            found = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -33,6 +33,8 @@ class Row:
     text: str | None = None
     cut: bool = False
     """The last answer ended at a length limit: what follows it is not to be learnt."""
+    tag: str = ""
+    """The row's own `tag`: its language in data for self-cognition."""
 
 
 class _RowError(Exception):
@@ -108,19 +110,36 @@ def read_rows(path: Path, questions: Questions | None = None) -> list[Row]:
     """
     rows: list[Row] = []
     problems: list[str] = []
-    for line, record in read_records(path):
-        try:
-            row = _row(path, line, record, questions)
-        except _RowError as problem:
-            problems.append(f"{path}: line {line}: {problem}")
-            continue
-        if row is not None:
-            rows.append(row)
+    for found in _try_rows(path, questions):
+        if isinstance(found, Row):
+            rows.append(found)
+        else:
+            problems.append(found)
     if problems:
         more = len(problems) - 1
         rest = f" (and {more} more bad {'row' if more == 1 else 'rows'})" if more else ""
         raise DataError(problems[0] + rest)
     return rows
+
+
+def stream_rows(path: Path, questions: Questions | None = None) -> Iterator[Row]:
+    """The rows of a file as they are read. Raises DataError at a bad row, when it is its turn."""
+    for found in _try_rows(path, questions):
+        if not isinstance(found, Row):
+            raise DataError(found)
+        yield found
+
+
+def _try_rows(path: Path, questions: Questions | None) -> Iterator[Row | str]:
+    """The rows of a file, or what is wrong with one."""
+    for line, record in read_records(path):
+        try:
+            row = _row(path, line, record, questions)
+        except _RowError as problem:
+            yield f"{path}: line {line}: {problem}"
+            continue
+        if row is not None:
+            yield row
 
 
 def read_questions(paths: Iterable[str]) -> dict[str, tuple[Message, ...]]:
@@ -172,10 +191,11 @@ def _row(path: Path, line: int, record: Any, questions: Questions | None) -> Row
         return _batch_answer(where, record, questions)
     name = record.get("id", record.get("custom_id"))
     name = f"{path.name}:{line}" if name is None else str(name)
+    tag = str(record.get("tag") or "")
     if "text" in record and not any(key in record for key in CHAT_KEYS):
-        return Row(where, name, text=_string("text", record["text"]))
+        return Row(where, name, text=_string("text", record["text"]), tag=tag)
     cut = record.get("finish_reason") == "length"
-    return Row(where, name, messages=_conversation(record), cut=cut)
+    return Row(where, name, messages=_conversation(record), cut=cut, tag=tag)
 
 
 def _object(record: Any) -> dict[str, Any]:

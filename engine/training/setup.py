@@ -40,8 +40,8 @@ class Inputs:
     """With what the model says filled in."""
     config: ModelConfig
     folder: Path
-    samples: list[Sample]
-    held_out: list[Sample]
+    samples: Sequence[Sample]
+    held_out: Sequence[Sample]
     """Rows for evaluation."""
     loader: Loader | None
     """The checkpoint to go on with."""

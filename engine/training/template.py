@@ -6,9 +6,7 @@ whole text is tokenized at once, as a chat would see it, and offsets tell which 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jinja2
@@ -21,8 +19,6 @@ from engine.protocol import Message
 from engine.text import TextCodec
 from engine.training.row_files import DataError
 from engine.training.rows import Row, with_system
-
-CHUNK = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,56 +44,60 @@ class Rendered:
     is_chat: bool
 
 
-def tokenize(
-    rows: Sequence[Row],
-    codec: TextCodec,
-    *,
-    system: str | None = None,
-    max_length: int | None = None,
-    threads: int | None = None,
-    note: Callable[[str], None] = lambda text: None,
-) -> list[Sample]:
-    """The samples of `rows`, in their order.
+@dataclass(frozen=True)
+class Form:
+    """How rows become samples."""
 
-    Args:
-        system: system message of the rows that have none.
-        max_length: a longer row is cut there; one that has no target left is dropped.
-        threads: how many tokenize; None for one a core.
-        note: told how many rows were cut or dropped.
+    system: str | None = None
+    """System message of the rows that have none."""
+    max_length: int | None = None
+    """A longer row is cut there; one that has no target left is dropped."""
+    whole: bool = False
+    """Every token is learnt, without a chat template: continued pretraining."""
+
+
+@dataclass
+class Tokenized:
+    """Samples in the order of their rows, and what became of the others."""
+
+    samples: list[Sample]
+    cut: int = 0
+    dropped: int = 0
+
+
+def tokenize_chunk(rows: Sequence[Row], codec: TextCodec, form: Form) -> Tokenized:
+    """The samples of some rows.
 
     Raises:
         DataError: a row that the chat template refuses, or that has no answer.
     """
-    limit = max_length or max(1, 2**31)
-    samples: list[Sample] = []
-    cut = dropped = 0
-    with _threads(threads):
-        for start in range(0, len(rows), CHUNK):
-            rendered = [render(with_system(row, system), codec) for row in rows[start:][:CHUNK]]
-            for text, encoding in zip(rendered, _encode(rendered, codec), strict=True):
-                sample = _sample(text, encoding, codec)
-                cut += len(sample) > limit
-                sample = Sample(sample.tokens[:limit], sample.targets[:limit])
-                if sample.targets[1:].any():
-                    samples.append(sample)
-                else:
-                    dropped += 1
-    if cut:
-        note(f"{cut} of {len(rows)} rows are longer than max_length {max_length} and were cut")
-    if dropped:
-        note(f"{dropped} of {len(rows)} rows have nothing left to learn and were dropped")
-    return samples
+    limit = form.max_length or max(1, 2**31)
+    done = Tokenized([])
+    rendered = [render(with_system(row, form.system), codec, whole=form.whole) for row in rows]
+    for text, encoding in zip(rendered, _encode(rendered, codec), strict=True):
+        sample = _sample(text, encoding, codec)
+        done.cut += len(sample) > limit
+        sample = Sample(sample.tokens[:limit], sample.targets[:limit])
+        if sample.targets[1:].any():
+            done.samples.append(sample)
+        else:
+            done.dropped += 1
+    return done
 
 
-def render(row: Row, codec: TextCodec) -> Rendered:
+def render(row: Row, codec: TextCodec, *, whole: bool = False) -> Rendered:
     """The row's text through the chat template; a text of its own gets the eos token.
 
-    Messages after the last answer are left out.
+    Messages after the last answer are left out. With `whole` a conversation is a text, too: its
+    messages under one another.
 
     Raises DataError.
     """
-    if row.text is not None:
-        text = row.text + codec.special.get("eos_token", "")
+    text = row.text
+    if text is None and whole:
+        text = "\n".join(message.content for message in row.messages)
+    if text is not None:
+        text += codec.special.get("eos_token", "")
         return Rendered(text, ((0, len(text)),), cut=False, is_chat=False)
     turns = [at for at, message in enumerate(row.messages) if message.role == "assistant"]
     if not turns:
@@ -181,22 +181,3 @@ def _inside(offsets: npt.NDArray[np.int64], span: tuple[int, int]) -> npt.NDArra
     """Numbers of the tokens that lie in a range of characters, in their order."""
     start, end = span
     return np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 1] <= end))
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Have the tokenizer use so many threads; it reads their number when it first needs them."""
-    if count is None:
-        yield
-        return
-    names = {"RAYON_NUM_THREADS": str(count), "TOKENIZERS_PARALLELISM": str(count > 1).lower()}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value

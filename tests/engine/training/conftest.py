@@ -16,6 +16,12 @@ from tests.engine.training.ranks import Ranks
 from tests.tiny import CHAT_TEMPLATE, character_tokenizer
 
 
+@pytest.fixture(autouse=True)
+def token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are kept in a folder of the test's own."""
+    monkeypatch.setattr("engine.training.tokenizing.cache_dir", lambda: tmp_path / "cache")
+
+
 @pytest.fixture
 def codec(tmp_path: Path) -> TextCodec:
     """Each character is a token; turns end with <|im_end|>."""

@@ -51,7 +51,7 @@ class NativeForward:
         config = model.config
         if problem := _problem(config):
             raise NoKernelsError(problem)
-        self._model, self._kernels = model, Kernels(threads)
+        self._model, self._kernels, self.threads = model, Kernels(threads), threads
         layers = [_pack_layer(layer) for layer in model.model.layers]  # type: ignore[arg-type]
         self._layers = NativeLayers(
             self._kernels,
@@ -82,6 +82,10 @@ class NativeForward:
         if not hasattr(model.model, "norm"):
             return x
         return self._kernels.norm(x, model.model.norm.weight, model.config.rms_norm_eps)
+
+    def use_threads(self, threads: int) -> None:
+        """See Forward."""
+        self._kernels.use(threads)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [rows, vocab_size] of normed hidden states."""

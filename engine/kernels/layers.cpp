@@ -60,7 +60,7 @@ struct Row {
 
 class Pool {
  public:
-  explicit Pool(int threads) : threads_(threads) {
+  explicit Pool(int threads) : all_(threads), wanted_(threads), threads_(threads) {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
   }
   ~Pool() {
@@ -77,6 +77,7 @@ class Pool {
     auto call = [](void* data, int thread) { (*static_cast<F*>(data))(thread); };
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      threads_ = wanted_;  // with the round: a worker that wakes late sees both or neither
       call_ = call;
       data_ = &work;
       busy_ = threads_ - 1;
@@ -96,7 +97,9 @@ class Pool {
     }
     for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) pause(spins);
   }
-  int threads() const { return threads_; }
+  int threads() const { return wanted_; }
+  // From the next call on.
+  void use(int threads) { wanted_ = std::max(1, std::min(threads, all_)); }
 
  private:
   static void pause(int spins) {
@@ -111,12 +114,14 @@ class Pool {
         wake_.wait(lock, [&] { return round_ != seen; });
         seen = round_;
         if (stop_) return;
+        if (thread >= threads_) continue;
       }
       call_(data_, thread);
       busy_.fetch_sub(1, std::memory_order_release);
     }
   }
-  const int threads_;
+  const int all_;
+  int wanted_, threads_;
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -560,6 +565,7 @@ struct Buffers {
 extern "C" {
 
 Pool* jupiter_pool(int threads) { return new Pool(threads); }
+void jupiter_pool_use(Pool* pool, int threads) { pool->use(threads); }
 void jupiter_pool_free(Pool* pool) { delete pool; }
 
 // Bytes of scratch memory that `rows` rows seeing at most `keys` keys need.

@@ -180,6 +180,10 @@ class Kernels:
         if hasattr(self, "_pool"):
             self._lib.jupiter_pool_free(self._pool)
 
+    def use(self, threads: int) -> None:
+        """Compute with fewer threads from now on, or with all again."""
+        self._lib.jupiter_pool_use(self._pool, threads)
+
     def best(self, w: PackedLinear, x: Tensor, outputs: int) -> list[int]:
         """Of float32 [rows, in] each row's largest of the first `outputs` outputs."""
         x = x.contiguous()

@@ -81,9 +81,12 @@ class Result:
 _ENTRY = struct.Struct("<11q4d")
 
 
-def encode_batch(entries: Sequence[Entry]) -> list[int]:
-    """The entries as int64 numbers; floats travel as their bit patterns."""
-    numbers = [len(entries)]
+def encode_batch(entries: Sequence[Entry], crowd: int = 1) -> list[int]:
+    """The entries as int64 numbers; floats travel as their bit patterns.
+
+    `crowd`: how many stages are at work at a time, with this micro-batch and with others.
+    """
+    numbers = [len(entries), crowd]
     for e in entries:
         r = e.rule
         head = _ENTRY.pack(
@@ -104,7 +107,8 @@ def decode_batch(numbers: Sequence[int]) -> list[Entry]:
     """The inverse of `encode_batch`."""
     take = _Reader(numbers)
     entries = []
-    for _ in range(take.one()):
+    count, _ = take.many(2)
+    for _ in range(count):
         fields = _ENTRY.unpack(struct.pack("<15q", *take.many(15)))
         slot, start, n, kept, keep_to, judge, width, heads, copies, rule, seed, *floats = fields
         temperature, top_p, threshold, alpha = floats
@@ -124,6 +128,11 @@ def decode_batch(numbers: Sequence[int]) -> list[Entry]:
             )
         )
     return entries
+
+
+def crowd_of(numbers: Sequence[int]) -> int:
+    """How many stages are at work at a time; see `encode_batch`."""
+    return numbers[1]
 
 
 def encode_results(results: Sequence[Result]) -> list[int]:

@@ -29,6 +29,7 @@ from engine.model.medusa import (
 )
 from engine.model.quantize import quantize_model
 from engine.pipeline.batch import Entry, Judge
+from engine.pipeline.group import neighbours
 from engine.pipeline.stage import Stage
 
 
@@ -152,6 +153,7 @@ def build_stage(
         dtype=plan.dtype,
         device=device,
         forward=_native(model, plan, device),
+        neighbours=neighbours(plan.config, device),
     )
     _warm_up(stage, plan.model.hidden_size)
     return stage

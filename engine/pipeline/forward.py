@@ -21,6 +21,11 @@ class Forward(Protocol):
     rows that may not be needed are better asked for later."""
     packed_bytes: int
     """Of weights that are not among the model's tensors."""
+    threads: int
+    """CPU threads that it computes with as long as nobody says otherwise."""
+
+    def use_threads(self, threads: int) -> None:
+        """Compute with fewer threads, or with all again."""
 
     def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
         """Tokens int64 [rows] on the first stage, else hidden states, to hidden states.
@@ -48,6 +53,11 @@ class ModuleForward:
         self, model: MedusaLlamaForCausalLM, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._model, self._dtype, self._device = model, dtype, device
+        self.threads = torch.get_num_threads()
+
+    def use_threads(self, threads: int) -> None:
+        """See Forward."""
+        torch.set_num_threads(threads)
 
     def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
         """See Forward."""

@@ -16,6 +16,7 @@ from engine.errors import ConfigError, EngineError
 
 # How long a stage waits for the others to load; a dead one is noticed by its parent, not here.
 PATIENCE = timedelta(days=1)
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def group_timeout(config: JupiterConfig) -> timedelta:
@@ -35,6 +36,16 @@ def choose_backend(config: JupiterConfig, device: torch.device) -> str:
     if device.type != "cuda":
         raise ConfigError("key 'distributed_backend': 'nccl' needs GPUs; use \"gloo\"")
     return "nccl" if torch.cuda.device_count() >= config.world_size else "gloo"
+
+
+def neighbours(config: JupiterConfig, device: torch.device) -> int:
+    """Stages that compute on the same cores as this one, itself included."""
+    if device.type != "cpu" or config.num_threads is not None:
+        return 1
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun's
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    host = urlsplit(config.init_method).hostname or "127.0.0.1"
+    return config.world_size if host in LOOPBACK else 1
 
 
 def join_by_file(
@@ -60,7 +71,7 @@ def check_address(config: JupiterConfig, rank: int) -> None:
     if parts.scheme != "tcp":
         return
     host = parts.hostname or "127.0.0.1"
-    if host in ("127.0.0.1", "localhost", "::1"):
+    if host in LOOPBACK:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if rank > 0:
         return

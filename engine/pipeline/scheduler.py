@@ -6,20 +6,19 @@ then take decode steps, put together into micro-batches.
 
 from __future__ import annotations
 
-import math
 import queue
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from engine.config import JupiterConfig
-from engine.decoding.tree import ROOT_ONLY, Tree
 from engine.decoding.tuner import Drafting
 from engine.errors import PromptError, StageLostError
 from engine.pipeline.batch import Copy, Entry, Judge, Result, decode_results, encode_batch
+from engine.pipeline.flights import Composer, Flight
 from engine.pipeline.link import Kind, Link
 from engine.pipeline.outlines import Outlines
 from engine.pipeline.rule import accept_rule
@@ -27,6 +26,7 @@ from engine.pipeline.sequence import Fork, Limits, Sequence, never_started
 from engine.pipeline.slots import SlotTable
 from engine.pipeline.stage import Stage
 from engine.pipeline.tracing import step_trace
+from engine.planning.chunks import prefill_chunks
 from engine.protocol import (
     Cancel,
     Event,
@@ -38,8 +38,6 @@ from engine.protocol import (
 )
 from engine.text import TextCodec, TextStream
 
-# Below this a chunk costs as much as a longer one: the weights are read once either way.
-MIN_CHUNK = 32
 # A stage may have a long chunk to finish before it sees the stop; nobody waits longer for it.
 STOP_S = 3.0
 # Seconds without work after which the other stages are told that there is none.
@@ -59,17 +57,6 @@ class LinkDown:
     """The receiving thread's last words."""
 
     error: str
-
-
-@dataclass
-class _Flight:
-    entries: list[Entry]
-    sequences: list[Sequence]
-    tree: Tree | None = None
-    """Of a decode step."""
-    began: float = 0.0
-    alone: bool = True
-    """No other flight was under way meanwhile."""
 
 
 class Scheduler:
@@ -98,16 +85,20 @@ class Scheduler:
         self.outlines = Outlines(codec, config, inbox.put, emit)
         self.emit = self.outlines.emit
         self.slots = SlotTable(config.max_num_seqs)
-        self.waiting: deque[tuple[Generate, float]] = deque()
+        self.waiting: OrderedDict[str, tuple[Generate, float]] = OrderedDict()
+        """In the order in which they came; with when that was."""
         self.running: list[Sequence] = []
-        self.flights: deque[_Flight] = deque()
+        self.flights: deque[Flight] = deque()
         self.copies: list[Copy] = []
         """Forks that go out with the next micro-batch, before anything can write over a source."""
-        # One micro-batch for each stage, and one on its way.
-        self.max_flights = config.world_size + 1 if link else 1
+        self.composer = Composer(
+            drafting,
+            stages=config.world_size if link else 1,
+            shared=stage.neighbours > 1,
+            longest=config.max_sub_sequence_len,
+        )
         self.tick_out = False
         self.resting = True
-        self.prefill_next = True
         self.stopping = False
 
     def run(self) -> None:
@@ -117,7 +108,7 @@ class Scheduler:
         """
         while not self.stopping:
             self._admit()
-            flight = self._next_flight() if len(self.flights) < self.max_flights else None
+            flight = self.composer.next(self.running, self.flights)
             if flight is not None:
                 self._dispatch(flight)
             self._handle_inbox(wait=flight is None)
@@ -174,7 +165,7 @@ class Scheduler:
             case Fork():  # part of an answer that has begun
                 self._put_first(item)
             case Generate():
-                self.waiting.append((item, time.perf_counter()))
+                self.waiting[item.request_id] = item, time.perf_counter()
             case Cancel(request_id):
                 self._cancel(request_id)
             case Shutdown():
@@ -191,17 +182,14 @@ class Scheduler:
                 sequence.finish_reason = "cancelled"
                 self._end(sequence)
                 return
-        for waiting in self.waiting:
-            if waiting[0].request_id == request_id:
-                self.waiting.remove(waiting)
-                self.emit(never_started(request_id))
-                return
+        if self.waiting.pop(request_id, None) is not None:
+            self.emit(never_started(request_id))
 
     # --- admission -------------------------------------------------------------------------
 
     def _admit(self) -> None:
         while self.waiting and self.slots.any_free():
-            request, arrived = self.waiting.popleft()
+            _, (request, arrived) = self.waiting.popitem(last=False)
             try:
                 sequence = self._start(request, arrived)
             except PromptError as error:
@@ -250,7 +238,7 @@ class Scheduler:
             arrived=arrived,
             stop_ids=codec.stop_ids,
             fed=cached,
-            chunk=self._chunk(new),
+            chunks=self._chunks(new),
             keep=place.keep,
             keep_to=place.keep_to,
             trace=request.trace,
@@ -268,88 +256,31 @@ class Scheduler:
             if not 0 <= token < size:
                 raise PromptError(f"answered: token {token} is none of this model's {size}")
 
-    def _chunk(self, new_tokens: int) -> int:
-        """Rows per prefill chunk: enough chunks to fill the stages, none of them tiny."""
-        longest = self.config.max_sub_sequence_len
-        if self.link is None:
-            return longest
-        return min(longest, max(MIN_CHUNK, math.ceil(new_tokens / self.config.num_sub_sequences)))
+    def _chunks(self, rows: int) -> list[int]:
+        """Rows of each chunk in which so many are prefilled: the one place that decides it."""
+        config = self.config
+        world = config.world_size if self.link else 1
+        return prefill_chunks(rows, world, config.num_sub_sequences, config.max_sub_sequence_len)
 
     # --- what goes out ---------------------------------------------------------------------
 
-    def _next_flight(self) -> _Flight | None:
-        """Prefill chunks and decode steps take turns where both wait."""
-        prefill = [s for s in self.running if s.fed < s.begun]
-        decode = [s for s in self.running if s.ready_to_decode]
-        if prefill and (self.prefill_next or not decode):
-            self.prefill_next = False
-            return self._prefill(prefill)
-        self.prefill_next = True
-        if decode:
-            tree = self.drafting.step(len(decode))
-            return _Flight([self._decode_entry(s, tree) for s in decode], decode, tree)
-        return None
-
-    def _prefill(self, sequences: list[Sequence]) -> _Flight:
-        flight = _Flight([], [])
-        room = self.config.max_sub_sequence_len
-        for sequence in sequences:
-            n = min(sequence.chunk, sequence.begun - sequence.fed, room)
-            if n == 0:
-                break
-            start = sequence.fed
-            last = start + n == sequence.begun
-            entry = self._entry(sequence, sequence.tokens[start : start + n], range(-1, n - 1))
-            entry.judge = Judge.LAST if last else Judge.NONE
-            sequence.fed += n
-            room -= n
-            if last:
-                sequence.slot.hold(sequence.tokens[: sequence.begun])
-            flight.entries.append(entry)
-            flight.sequences.append(sequence)
-        return flight
-
-    def _decode_entry(self, sequence: Sequence, tree: Tree) -> Entry:
-        # While another tree was in use, nothing was drafted for it, or by fewer heads.
-        sequence.tree = tree = tree if len(sequence.candidates) >= tree.depth else ROOT_ONLY
-        tokens = tree.tokens(sequence.tokens[-1], sequence.candidates)
-        entry = self._entry(sequence, tokens, tree.parents)
-        entry.judge = Judge.TREE
-        sequence.in_flight = True
-        return entry
-
-    def _entry(self, sequence: Sequence, tokens: list[int], parents: Any) -> Entry:
-        entry = Entry(
-            slot=sequence.slot.index,
-            start=sequence.fed,
-            tokens=tokens,
-            parents=list(parents),
-            judge=Judge.NONE,
-            keep=sequence.keep,
-            keep_to=sequence.keep_to,
-            draft_width=self.drafting.width,
-            draft_heads=self.drafting.heads,
-            rule=sequence.rule,
-        )
-        sequence.keep = []
-        return entry
-
-    def _dispatch(self, flight: _Flight) -> None:
+    def _dispatch(self, flight: Flight) -> None:
         self.resting = False
         flight.began = time.perf_counter()
         for other in self.flights:
             other.alone = flight.alone = False
         flight.entries[0].copies, self.copies = self.copies, []
+        self.stage.share(flight.crowd)
         hidden = self.stage.run(flight.entries, None)
         if self.link is None:
             self._land(flight, self.stage.judge(flight.entries, hidden))
             return
         self.flights.append(flight)
-        self.link.send(1, Kind.BATCH, encode_batch(flight.entries), hidden)
+        self.link.send(1, Kind.BATCH, encode_batch(flight.entries, flight.crowd), hidden)
 
     # --- what comes back -------------------------------------------------------------------
 
-    def _land(self, flight: _Flight, results: list[Result]) -> None:
+    def _land(self, flight: Flight, results: list[Result]) -> None:
         judged = [
             (entry, sequence)
             for entry, sequence in zip(flight.entries, flight.sequences, strict=True)

@@ -50,8 +50,8 @@ class Sequence:
     stop_ids: frozenset[int]
     fed: int
     """KV rows that were sent and count, once `keep` is carried out."""
-    chunk: int
-    """Rows of the prompt that go into one micro-batch."""
+    chunks: list[int]
+    """Rows that are still to be prefilled, as they go into one micro-batch each."""
     steps_before: int = 0
     """Decode steps that the answer took elsewhere."""
     transcript_wanted: bool = False
@@ -87,6 +87,13 @@ class Sequence:
     def ready_to_decode(self) -> bool:
         """The next tree can be sent."""
         return not (self.prefilling or self.in_flight or self.finish_reason)
+
+    def sent(self, rows: int) -> None:
+        """Rows of the next chunk are on their way, all of them or the first."""
+        self.fed += rows
+        self.chunks[0] -= rows
+        if not self.chunks[0]:
+            del self.chunks[0]
 
     def recall(self, answered: Iterable[int]) -> None:
         """Begin behind tokens of the answer that were shown before; they may end it at once."""

@@ -17,6 +17,7 @@ from engine.pipeline.batch import (
     Entry,
     Judge,
     Result,
+    crowd_of,
     decode_batch,
     encode_results,
     row_slices,
@@ -40,7 +41,9 @@ class Stage:
         dtype: torch.dtype,
         device: torch.device,
         forward: Forward | None = None,
+        neighbours: int = 1,
     ) -> None:
+        """`neighbours`: stages whose cores are this one's, itself included."""
         self.model = model
         self.first, self.last = first, last
         self.dtype, self.device = dtype, device
@@ -55,6 +58,15 @@ class Stage:
             device=device,
         )
         self.meter = StageMeter()
+        self.neighbours = neighbours
+        self._threads = self._all_threads = self.forward.threads
+
+    def share(self, crowd: int) -> None:
+        """Use as many threads as leave cores for the others while `crowd` stages are at work."""
+        threads = max(1, self._all_threads // min(crowd, self.neighbours))
+        if threads != self._threads:
+            self._threads = threads
+            self.forward.use_threads(threads)
 
     @torch.inference_mode()
     def run(self, entries: Sequence[Entry], hidden: Tensor | None) -> Tensor:
@@ -134,6 +146,7 @@ def serve(stage: Stage, link: Link, rank: int, world: int) -> Kind:
         until_next = "wait" if kind is Kind.BATCH else "idle"
         if kind is Kind.BATCH:
             entries = decode_batch(numbers)
+            stage.share(crowd_of(numbers))
             hidden = stage.run(entries, hidden)
             if stage.last:
                 link.send(after, Kind.RESULTS, encode_results(stage.judge(entries, hidden)))

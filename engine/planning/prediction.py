@@ -5,12 +5,10 @@ Nothing is guessed: where a figure that is needed was not measured, the predicti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MIN_CHUNK = 32
-"""Rows of the shortest prefill chunk; the scheduler's own rule (engine/pipeline/scheduler.py)."""
+from engine.planning.chunks import prefill_chunks
 
 
 @dataclass(frozen=True)
@@ -115,17 +113,6 @@ def place(world: int, live: Sequence[StageSpeed]) -> list[str | None]:
     known = {stage.device for stage in live}
     new = next(iter(known)) if len(known) == 1 else None
     return [live[rank].device if rank < len(live) else new for rank in range(world)]
-
-
-def prefill_chunks(
-    rows: int, world: int, num_sub_sequences: int, max_sub_sequence_len: int
-) -> list[int]:
-    """Rows of each chunk that a prompt is cut into."""
-    size = max_sub_sequence_len
-    if world > 1:
-        size = min(size, max(MIN_CHUNK, math.ceil(rows / num_sub_sequences)))
-    full, rest = divmod(rows, size)
-    return [size] * full + ([rest] if rest else [])
 
 
 def makespan(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from engine.pipeline.sequence import Fork, Limits, Sequence, never_started
 from engine.pipeline.slots import SlotTable
 from engine.pipeline.stage import Stage
 from engine.pipeline.tracing import step_trace
+from engine.pipeline.waiting import WaitingRequests
 from engine.planning.chunks import prefill_chunks
 from engine.protocol import (
     Cancel,
@@ -85,8 +86,7 @@ class Scheduler:
         self.outlines = Outlines(codec, config, inbox.put, emit)
         self.emit = self.outlines.emit
         self.slots = SlotTable(config.max_num_seqs)
-        self.waiting: OrderedDict[str, tuple[Generate, float]] = OrderedDict()
-        """In the order in which they came; with when that was."""
+        self.waiting = WaitingRequests()
         self.running: list[Sequence] = []
         self.flights: deque[Flight] = deque()
         self.copies: list[Copy] = []
@@ -162,19 +162,12 @@ class Scheduler:
                 raise StageLostError(f"rank 0 lost a neighbour: {error}")
             case Generate() | Cancel() if self.outlines.takes(item):
                 pass
-            case Fork():  # part of an answer that has begun
-                self._put_first(item)
             case Generate():
-                self.waiting[item.request_id] = item, time.perf_counter()
+                self.waiting.put(item)
             case Cancel(request_id):
                 self._cancel(request_id)
             case Shutdown():
                 self.stopping = True
-
-    def _put_first(self, fork: Fork) -> None:
-        """Let it wait behind others of its kind only."""
-        others = sum(isinstance(request, Fork) for request, _ in self.waiting)
-        self.waiting.insert(others, (fork, time.perf_counter()))
 
     def _cancel(self, request_id: str) -> None:
         for sequence in self.running:
@@ -182,14 +175,14 @@ class Scheduler:
                 sequence.finish_reason = "cancelled"
                 self._end(sequence)
                 return
-        if self.waiting.pop(request_id, None) is not None:
+        if self.waiting.remove(request_id):
             self.emit(never_started(request_id))
 
     # --- admission -------------------------------------------------------------------------
 
     def _admit(self) -> None:
         while self.waiting and self.slots.any_free():
-            _, (request, arrived) = self.waiting.popitem(last=False)
+            request, arrived = self.waiting.pop()
             try:
                 sequence = self._start(request, arrived)
             except PromptError as error:

@@ -24,6 +24,7 @@ from engine.protocol import (
     EventEnvelope,
     Heartbeat,
     Notice,
+    StageSpans,
     StageState,
     StageTelemetry,
     TrainingStep,
@@ -150,7 +151,7 @@ class _Outbox:
         with self._ready:
             if self._deadline is not None:
                 return
-            if isinstance(event, StageTelemetry | TreeChosen):
+            if isinstance(event, StageTelemetry | StageSpans | TreeChosen):
                 self._latest[type(event)] = event
             elif self._is_progress(event):
                 self._events[-1] = event

@@ -254,6 +254,31 @@ class StageTelemetry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """For people, such as the GPU's or the processor's model."""
 
 
+class FlightSpan(msgspec.Struct, frozen=True, array_like=True):
+    """When a stage computed a micro-batch, and what was in it."""
+
+    number: int
+    """Of the micro-batch, from 0: the same on every stage."""
+    began: float
+    ended: float
+    """Seconds since 1970 by the clock of the stage's machine."""
+    rows: int
+    decode: bool
+    """A decode step; else prompt tokens."""
+    points: tuple[int, ...]
+    """Of each sequence in it the point of an outline answer that it writes; 0 for none."""
+
+
+class StageSpans(msgspec.Struct, frozen=True, tag=True):
+    """The latest micro-batches of a stage, oldest first; latest wins.
+
+    Sent with a StageTelemetry when there are new ones. A stage keeps so many that they reach back
+    further than the one before, as a rule.
+    """
+
+    spans: tuple[FlightSpan, ...]
+
+
 class TreeOption(msgspec.Struct, frozen=True, array_like=True):
     """What a draft tree of a size promises."""
 
@@ -337,6 +362,7 @@ Event = (
     | Finished
     | Failed
     | StageTelemetry
+    | StageSpans
     | TreeChosen
     | TrainingStarted
     | TrainingStep

@@ -17,6 +17,7 @@ import msgspec
 
 from engine.client import ClientState, EngineClient, StateChanged, Update
 from engine.config import JupiterConfig
+from engine.decoding.outline import Parts
 from engine.errors import EngineError, ExitCode, JupiterError
 from engine.protocol import EngineReady, Failed, Finished, Tokens
 from tui.batch_input import BatchInputError, BatchRequest, parse_requests
@@ -216,11 +217,11 @@ class Batch:
         stream = client.submit(
             messages=request.messages, prompt=request.prompt, params=request.params
         )
-        text: list[str] = []
+        parts = Parts()
         code, failure = "internal_error", "the engine gave no answer"
         async for event in stream:
             if isinstance(event, Tokens):
-                text.append(event.text)
+                parts.add(event.point, event.text)
                 self.tally.streamed += len(event.token_ids)
                 self._reporter.tokens(self.tally)
             elif isinstance(event, Failed):
@@ -230,7 +231,7 @@ class Batch:
             elif isinstance(event, Finished):
                 await self._output.write(
                     answer_line(
-                        request, "".join(text), event, ready=ready, request_id=stream.request_id
+                        request, parts.text, event, ready=ready, request_id=stream.request_id
                     )
                 )
                 self.tally.done += 1

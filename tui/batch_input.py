@@ -23,7 +23,9 @@ MAX_TEMPERATURE = 2.0
 
 LINE_KEYS = ("custom_id", "method", "url", "body")
 ASKED = ("messages", "prompt")
-HONOURED = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop")
+HONOURED = (
+    "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "mode",
+)  # fmt: skip
 # They do not change what a model answers, whatever they say.
 HARMLESS = (
     "model", "user", "metadata", "store", "service_tier", "safety_identifier",
@@ -277,6 +279,7 @@ def _params(body: Mapping[str, Any]) -> SamplingParams:
         top_p=top_p,
         seed=_whole(body, "seed", -(2**63), 2**63 - 1),
         stop=_stop(body.get("stop")),
+        mode=_mode(body.get("mode")),
     )
 
 
@@ -328,6 +331,12 @@ def _number(body: Mapping[str, Any], key: str, high: float) -> float | None:
     if not number or not 0.0 <= value <= high:
         raise _LineError(f"key '{key}': must be a number 0 to {high:g}, got {shown(value)}")
     return float(value)
+
+
+def _mode(value: Any) -> Literal["plain", "outline"]:
+    if value not in (None, "plain", "outline"):
+        raise _LineError(f'key \'mode\': must be "plain" or "outline", got {shown(value)}')
+    return "outline" if value == "outline" else "plain"
 
 
 def _stop(value: Any) -> tuple[str, ...]:

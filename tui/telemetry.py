@@ -19,12 +19,14 @@ from engine.protocol import (
     EventEnvelope,
     Failed,
     Finished,
+    StageSpans,
     StageState,
     StageTelemetry,
     Started,
     Tokens,
     TreeChosen,
 )
+from engine.timeline import Timeline
 from engine.updates import ClientState, StateChanged, Update
 
 STALE_S = 3 * TELEMETRY_INTERVAL_S
@@ -222,6 +224,8 @@ class TelemetryStore:
         self._ready: EngineReady | None = None
         self._tree: TreeChosen | None = None
         self._stages: dict[int, _Stage] = {}
+        self.timeline = Timeline()
+        """The latest micro-batches of this launch."""
         self._running: set[str] = set()
         self._finished = 0
         self._tokens = 0
@@ -259,6 +263,8 @@ class TelemetryStore:
                 self._ready = ready
                 if self._state is not ClientState.BUSY:
                     self._state = ClientState.READY
+            case StageSpans(spans):
+                self.timeline.add(envelope.rank, spans)
             case TreeChosen() as tree:
                 self._tree = tree
             case Started() as started:
@@ -284,6 +290,7 @@ class TelemetryStore:
             self._state = ClientState.STARTING
         self._epoch, self._ready, self._tree, self._reason = epoch, None, None, ""
         self._stages.clear()
+        self.timeline = Timeline()
         self._running.clear()
         self._finished = self._tokens = 0
 

@@ -63,6 +63,8 @@ class Entry:
     draft_heads: int = 0
     """How many heads are to draft, the first ones; 0 for all of them."""
     rule: AcceptRule = field(default_factory=AcceptRule)
+    point: int = 0
+    """The point of an outline answer that the sequence writes, from 1; only for figures."""
     copies: list[Copy] = field(default_factory=list)
     """To be carried out before all else, in order; not only of this entry's slot."""
 
@@ -78,7 +80,7 @@ class Result:
     """Per head its likeliest tokens, for the next step's tree."""
 
 
-_ENTRY = struct.Struct("<11q4d")
+_ENTRY = struct.Struct("<12q4d")
 
 
 def encode_batch(entries: Sequence[Entry], crowd: int = 1) -> list[int]:
@@ -91,10 +93,10 @@ def encode_batch(entries: Sequence[Entry], crowd: int = 1) -> list[int]:
         r = e.rule
         head = _ENTRY.pack(
             *(e.slot, e.start, len(e.tokens), len(e.keep), e.keep_to, e.judge, e.draft_width),
-            *(e.draft_heads, len(e.copies), r.rule, r.seed),
+            *(e.draft_heads, e.point, len(e.copies), r.rule, r.seed),
             *(r.temperature, r.top_p, r.posterior_threshold, r.posterior_alpha),
         )
-        numbers += struct.unpack("<15q", head)
+        numbers += struct.unpack("<16q", head)
         numbers += e.tokens
         numbers += e.parents
         numbers += e.keep
@@ -109,8 +111,9 @@ def decode_batch(numbers: Sequence[int]) -> list[Entry]:
     entries = []
     count, _ = take.many(2)
     for _ in range(count):
-        fields = _ENTRY.unpack(struct.pack("<15q", *take.many(15)))
-        slot, start, n, kept, keep_to, judge, width, heads, copies, rule, seed, *floats = fields
+        fields = _ENTRY.unpack(struct.pack("<16q", *take.many(16)))
+        slot, start, n, kept, keep_to, judge, width, heads, *others = fields
+        point, copies, rule, seed, *floats = others
         temperature, top_p, threshold, alpha = floats
         entries.append(
             Entry(
@@ -124,6 +127,7 @@ def decode_batch(numbers: Sequence[int]) -> list[Entry]:
                 draft_width=width,
                 draft_heads=heads,
                 rule=AcceptRule(rule, temperature, top_p, threshold, alpha, seed),
+                point=point,
                 copies=[Copy(*take.many(3)) for _ in range(copies)],
             )
         )

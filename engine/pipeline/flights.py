@@ -141,6 +141,7 @@ class Composer:
             draft_width=self.drafting.width,
             draft_heads=self.drafting.heads,
             rule=sequence.rule,
+            point=sequence.point,
         )
         sequence.keep = []
         return entry

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from msgspec.structs import replace
+
+from engine.protocol import FlightSpan
+
+SPANS_KEPT = 256
 Activity = Literal["busy", "wait", "link", "idle"]
 
 
@@ -47,6 +53,8 @@ class StageMeter:
         """Of them, those behind the layers: `lm_head`, heads, acceptance."""
         self.prefill_rows = 0
         self.prefill_busy_s = 0.0
+        self._spans: deque[FlightSpan] = deque(maxlen=SPANS_KEPT)
+        self._since_1970 = time.time() - clock()
 
     @contextmanager
     def during(self, activity: Activity) -> Iterator[None]:
@@ -72,10 +80,22 @@ class StageMeter:
             spent[self._activity] += self._clock() - self._since
         return Spent(**spent)
 
-    def count(self, rows: int, *, decode: bool, seconds: float) -> None:
-        """A micro-batch of `rows` rows was passed through the layers in `seconds`."""
+    def spans(self) -> tuple[FlightSpan, ...]:
+        """The latest micro-batches, oldest first."""
+        with self._lock:
+            return tuple(self._spans)
+
+    def count(self, rows: int, *, decode: bool, seconds: float, points: Iterable[int] = ()) -> None:
+        """A micro-batch of `rows` rows was passed through the layers in `seconds`, up to now.
+
+        `points`: of each sequence in it the point of an outline answer, 0 for none.
+        """
         self.steps += 1
         self.rows += rows
+        ended = self._clock() + self._since_1970
+        span = FlightSpan(self.steps - 1, ended - seconds, ended, rows, decode, tuple(points))
+        with self._lock:
+            self._spans.append(span)
         if decode:
             self.decode_steps += 1
         else:
@@ -87,6 +107,9 @@ class StageMeter:
         self._add(decode=decode, seconds=seconds)
         if decode:
             self.decode_judge_s += seconds
+        with self._lock:
+            ended = self._clock() + self._since_1970
+            self._spans.append(replace(self._spans.pop(), ended=ended))
 
     def _add(self, *, decode: bool, seconds: float) -> None:
         if decode:

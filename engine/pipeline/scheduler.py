@@ -236,6 +236,7 @@ class Scheduler:
             keep_to=place.keep_to,
             trace=request.trace,
             transcript_wanted=request.transcript_wanted,
+            point=request.point if isinstance(request, Fork) else 0,
         )
         if request.answered:
             # The row behind the last of them gives the next token, as a decode step would have.

@@ -52,6 +52,8 @@ class Sequence:
     """KV rows that were sent and count, once `keep` is carried out."""
     chunks: list[int]
     """Rows that are still to be prefilled, as they go into one micro-batch each."""
+    point: int = 0
+    """The point of an outline answer that it writes, from 1; 0 for none."""
     steps_before: int = 0
     """Decode steps that the answer took elsewhere."""
     transcript_wanted: bool = False

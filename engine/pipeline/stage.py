@@ -88,7 +88,8 @@ class Stage:
             # A kernel runs on after its call: without this the link would be blamed for its time.
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - began
-        self.meter.count(len(out), decode=is_decode(entries), seconds=seconds)
+        points = [entry.point for entry in entries]
+        self.meter.count(len(out), decode=is_decode(entries), seconds=seconds, points=points)
         return out
 
     @torch.inference_mode()

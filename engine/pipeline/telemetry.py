@@ -8,7 +8,7 @@ from types import TracebackType
 
 from engine.pipeline.memory import device_name, memory_bytes, memory_total_bytes, weights_bytes
 from engine.pipeline.stage import Stage
-from engine.protocol import TELEMETRY_INTERVAL_S, StageTelemetry
+from engine.protocol import TELEMETRY_INTERVAL_S, StageSpans, StageTelemetry
 
 
 class TelemetrySender:
@@ -18,7 +18,9 @@ class TelemetrySender:
     that silence means trouble.
     """
 
-    def __init__(self, stage: Stage, layers: int, emit: Callable[[StageTelemetry], None]) -> None:
+    def __init__(
+        self, stage: Stage, layers: int, emit: Callable[[StageTelemetry | StageSpans], None]
+    ) -> None:
         self._stage, self._layers, self._emit = stage, layers, emit
         self._total = memory_total_bytes(stage.device)
         self._weights = weights_bytes(stage)
@@ -38,8 +40,11 @@ class TelemetrySender:
 
     def _run(self) -> None:
         self._emit(self.sample())
+        steps = 0
         while not self._closed.wait(TELEMETRY_INTERVAL_S):
             self._emit(self.sample())
+            if steps != (steps := self._stage.meter.steps):
+                self._emit(StageSpans(self._stage.meter.spans()))
 
     def sample(self) -> StageTelemetry:
         """The figures of this moment."""

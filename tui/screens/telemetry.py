@@ -24,10 +24,13 @@ from tui.widgets import stage_card
 from tui.widgets.bars import TitleBar
 from tui.widgets.history import History
 from tui.widgets.stage_card import StageCard
+from tui.widgets.timeline import TimelineView
 
 if TYPE_CHECKING:
     from tui.session import EngineSession
 
+SHORTEST_S, LONGEST_S = 0.0625, 8.0
+"""What the timeline shows at least and at most."""
 WIDE = 180
 """From so many columns on, the cards are in two columns."""
 STATE_STYLES = {
@@ -60,6 +63,13 @@ class TelemetryScreen(Screen[None]):
     - **ms/step**, **link**: computing and link time of one step, as last measured; **prefill**:
       prompt tokens over this stage's computing time.
 
+    ## Timeline
+    *t* shows for each stage which micro-batch it computed when: a digit is the point of an
+    outline answer, █ another decode step, ▒ prompt tokens, ·
+    a bubble, in which the stage had nothing to compute. *in the air* counts the micro-batches
+    between the first stage's beginning and the last stage's end. *+* and *-* zoom. Stages on
+    several machines are as far apart as their clocks.
+
     ## Colours
     | figure | yellow | red |
     |---|---|---|
@@ -73,6 +83,15 @@ class TelemetryScreen(Screen[None]):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space,p", "pause", "Pause", id="telemetry.pause", tooltip="Freeze the view"),
+        Binding(
+            "t",
+            "timeline",
+            "Timeline",
+            id="telemetry.timeline",
+            tooltip="Which stage did what when",
+        ),
+        Binding("plus,equals_sign", "zoom(0.5)", "Zoom in", show=False, id="telemetry.zoom_in"),
+        Binding("minus", "zoom(2)", "Zoom out", show=False, id="telemetry.zoom_out"),
         Binding("up,k", "move(-1)", "Stage above", show=False, id="telemetry.up"),
         Binding("down,j", "move(1)", "Stage below", show=False, id="telemetry.down"),
         Binding(
@@ -97,6 +116,9 @@ class TelemetryScreen(Screen[None]):
         &.-high #stages, &.-tall #stages { height: auto; max-height: 60%; }
         &.-wide #stages { layout: grid; grid-size: 2; grid-gutter: 1 2; grid-rows: auto; }
         &.-wide StageCard { margin: 0; }
+        #timeline { display: none; }
+        #histories.-timeline #timeline { display: block; }
+        #histories.-timeline History { display: none; }
     }
     """
 
@@ -108,6 +130,8 @@ class TelemetryScreen(Screen[None]):
         self._session = session
         self._store = telemetry
         self._view = telemetry.view(session.snapshot.split)
+        self._seconds = 1.0
+        self._window = telemetry.timeline.latest(self._seconds)
 
     def compose(self) -> ComposeResult:
         """Title, one line about the engine, two histories, a card for each stage."""
@@ -116,6 +140,7 @@ class TelemetryScreen(Screen[None]):
         with Horizontal(id="histories"):
             yield History("area", _number, seconds=BUCKET_S, id="token-rates")
             yield History("bars", _seconds, style="$secondary", id="first-tokens")
+            yield TimelineView(id="timeline")
         yield VerticalScroll(id="stages", can_focus=False)
         yield Footer()
 
@@ -143,6 +168,7 @@ class TelemetryScreen(Screen[None]):
             self._show_summary(self._store.view(split).at)
             return
         view = self._view = self._store.view(split)
+        self._show_timeline()
         self.query_one(TitleBar).answering = view.running > 0
         self._show_summary(view.at)
         self.query_one("#token-rates", History).show(_rate_title(view), view.token_rates)
@@ -174,6 +200,24 @@ class TelemetryScreen(Screen[None]):
         """Freeze the view, or go on with the figures of now."""
         self.paused = not self.paused
         await self._refresh()
+
+    def action_timeline(self) -> None:
+        """Show the timeline of the stages in the place of the histories, or these again."""
+        self.query_one("#histories").toggle_class("-timeline")
+
+    def action_zoom(self, by: float) -> None:
+        """Show less or more of the timeline."""
+        self._seconds = min(max(self._seconds * by, SHORTEST_S), LONGEST_S)
+        self._show_timeline()
+
+    def _show_timeline(self) -> None:
+        """Up to the latest micro-batch; while the view is paused, up to that of the pause."""
+        if not self.paused:
+            self._window = self._store.timeline.latest(self._seconds)
+        elif self._window.seconds:
+            end = self._window.ended
+            self._window = self._store.timeline.window(end - self._seconds, end)
+        self.query_one(TimelineView).show(self._window)
 
     def action_move(self, by: int) -> None:
         """Go to the stage above or below."""

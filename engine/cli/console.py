@@ -47,7 +47,7 @@ class Console:
                 print(event.text, end="", flush=True)
             case Finished():
                 print(flush=True)
-                print(_figures(event), file=sys.stderr)
+                print(figures(event), file=sys.stderr)
                 self._ended.set()
             case Failed():
                 print(f"jupiter: {event.message}", file=sys.stderr)
@@ -105,7 +105,9 @@ def prompts_from_stdin() -> Iterable[str]:
             yield line.rstrip("\n")
 
 
-def _figures(done: Finished) -> str:
+def figures(done: Finished) -> str:
+    """What an answer cost, in one line for people; what is unknown is n/a."""
+
     def figure(value: float | None, form: str) -> str:
         return "n/a" if value is None else form.format(value)
 

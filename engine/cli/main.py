@@ -13,6 +13,7 @@ COMMANDS = {
     "bench": "measure on this machine: `bench decode`, `bench step`, `bench quality`, `bench ui`",
     "export": "convert between Hugging Face folders and Megatron-Core checkpoints",
     "fetch": "bring a model into the cache and print its folder",
+    "infer": "answer questions with a model folder or a training checkpoint",
     "medusa": "train Medusa heads (also: `medusa generate`, `medusa eval`)",
     "merge": "write base model and Medusa heads as one Hugging Face folder",
     "run": "answer one prompt in this process with the merged model",

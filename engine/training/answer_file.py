@@ -71,13 +71,16 @@ class AnswerFile:
             os.fsync(self._fd)
         os.close(self._fd)
 
-    def write(self, id: str, messages: Sequence[Message], finish_reason: str) -> None:
+    def write(self, id: str, messages: Sequence[Message], finish_reason: str, **more: Any) -> None:
         """Append one conversation; the file has all of its line or nothing.
+
+        more: further keys of the line.
 
         Raises AnswersLostError.
         """
         row = {
             "id": id,
+            **more,
             "messages": [{"role": m.role, "content": m.content} for m in messages],
             "finish_reason": finish_reason,
             "generated_by": self.made_by,
@@ -131,8 +134,7 @@ class AnswerFile:
 
     def _stranger(self, number: int) -> AnswerFileError:
         return AnswerFileError(
-            f"{self.path}: line {number}: not a line of `jupiter medusa generate`; "
-            "name another file"
+            f"{self.path}: line {number}: not a line that this command writes; name another file"
         )
 
 

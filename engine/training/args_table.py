@@ -14,6 +14,7 @@ from pathlib import Path
 from engine.training.args import GROUPS
 from engine.training.args_export import ExportArguments
 from engine.training.args_fields import Argument, arguments, expected, show
+from engine.training.args_infer import InferArguments
 from engine.training.args_medusa import EvalArguments, GenerateArguments
 
 BEGIN = "<!-- the tables below are written by `python -m engine.training.args_table` -->"
@@ -28,6 +29,7 @@ def markdown() -> str:
     for name, cls in (("generate", GenerateArguments), ("eval", EvalArguments)):
         parts.append(_table(f"### `jupiter medusa {name}`", arguments(cls).values()))
     parts.append(_table("### `jupiter export`", arguments(ExportArguments).values()))
+    parts.append(_table("### `jupiter infer`", arguments(InferArguments).values()))
     return "\n".join(parts)
 
 

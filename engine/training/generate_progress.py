@@ -1,4 +1,4 @@
-"""What `jupiter medusa generate` says on stderr while it works."""
+"""What `jupiter medusa generate` and `jupiter infer` say on stderr while they work."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ REDRAW_EVERY_S = 0.25
 
 class Progress:
     """Counts what is done; says only what went wrong, as with `--progress none`."""
+
+    prefix = PREFIX
 
     def __init__(self, todo: int, skipped: int) -> None:
         self.todo, self.skipped = todo, skipped
@@ -86,7 +88,7 @@ class Progress:
     def _say(self, text: str) -> None:
         # An id or a message may hold what a terminal takes for orders.
         harmless = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
-        _to_stderr(f"{PREFIX}{harmless}\n")
+        _to_stderr(f"{self.prefix}{harmless}\n")
 
 
 class JsonProgress(Progress):
@@ -163,7 +165,7 @@ class PlainProgress(Progress):
             f"{figures['tokens_per_s'] or 0:.1f} tokens/s{remaining}"
         )
         if self._terminal:
-            _to_stderr(f"\r\x1b[K{PREFIX}{line}")
+            _to_stderr(f"\r\x1b[K{self.prefix}{line}")
             self._drawn = True
         else:
             super()._say(line)
@@ -175,14 +177,17 @@ class PlainProgress(Progress):
         super()._say(text)
 
 
-def make_progress(mode: ProgressMode, todo: int, *, skipped: int) -> Progress:
-    """The progress for `--progress`."""
-    if mode == "json":
-        return JsonProgress(todo, skipped)
-    if mode == "none":
-        return Progress(todo, skipped)
+def make_progress(mode: ProgressMode, todo: int, *, skipped: int, prefix: str = PREFIX) -> Progress:
+    """The progress for `--progress`; lines for people begin with `prefix`."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    return PlainProgress(todo, skipped, terminal=terminal)
+    if mode == "json":
+        made: Progress = JsonProgress(todo, skipped)
+    elif mode == "none":
+        made = Progress(todo, skipped)
+    else:
+        made = PlainProgress(todo, skipped, terminal=terminal)
+    made.prefix = prefix
+    return made
 
 
 def _duration(seconds: float) -> str:

@@ -54,7 +54,7 @@ def test_a_half_line_at_the_end_is_taken_out(path: Path, torn: bytes) -> None:
 def test_another_file_is_refused_and_stays_as_it_was(tmp_path: Path, text: str) -> None:
     path = tmp_path / "letter.jsonl"
     path.write_text(text)
-    with pytest.raises(AnswerFileError, match="line 1: not a line of `jupiter medusa generate`"):
+    with pytest.raises(AnswerFileError, match="line 1: not a line that this command writes"):
         AnswerFile(path, BY)
     assert path.read_text() == text
 

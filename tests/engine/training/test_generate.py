@@ -14,8 +14,9 @@ from engine.config import parse_config
 from engine.protocol import Failed, Finished, Message, Metrics, SamplingParams, Tokens
 from engine.request import Answer, RequestStream
 from engine.training.answer_file import AnswerFile
+from engine.training.answering import AnswerRun, Prompt
 from engine.training.args_medusa import GenerateArguments
-from engine.training.generate import Prompt, _Run, made_by
+from engine.training.generate import made_by, sampling_of
 from engine.training.generate_progress import Progress
 
 CONFIG = parse_config(
@@ -59,9 +60,9 @@ class Talk:
         self.engine = Scripted(*answers)
         prompt = Prompt("x", "be", ("one", "two"))
         with AnswerFile(path, made_by(arguments, CONFIG)) as file:
-            run = _Run(arguments, CONFIG, [prompt], file, Progress(1, 0))
+            run = AnswerRun(sampling_of(arguments, CONFIG), CONFIG, [prompt], file, Progress(1, 0))
             run._client = self.engine  # type: ignore[assignment]
-            self.failure = asyncio.run(run._converse(prompt))
+            self.failure = asyncio.run(run.converse(prompt))
         text = path.read_text()
         self.row: dict[str, Any] = json.loads(text) if text else {}
 

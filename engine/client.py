@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from engine.config import JupiterConfig
-from engine.errors import EngineError
-from engine.launch import Command, Launch
+from engine.continuity import AnswerStream
+from engine.crew import VERDICT_S, Crew, wait
+from engine.errors import EngineError, ExitCode
+from engine.launch import Command
 from engine.logs import rank_log, torchrun_log, with_last_lines
+from engine.open_requests import OpenRequests
 from engine.paths import state_dir
-from engine.post_mortem import PostMortem
 from engine.prepare import prepare_model
 from engine.protocol import (
     Cancel,
@@ -29,7 +30,6 @@ from engine.protocol import (
     Heartbeat,
     Message,
     SamplingParams,
-    Shutdown,
     StageState,
     StageTelemetry,
     Started,
@@ -37,9 +37,11 @@ from engine.protocol import (
     TreeChosen,
     WorkerError,
 )
-from engine.queue_client import CLIENT_RANK, Gone, Item, QueueClient
+from engine.queue_client import CLIENT_RANK, Gone, Item
+from engine.recovery import ATTEMPTS, Attempts
 from engine.request import Answer, RequestStream
 from engine.updates import ClientState, Fetching, StateChanged, Update
+from engine.watchdog import CHECK_S, Hang, Watchdog
 
 __all__ = [
     "CLIENT_RANK",
@@ -51,21 +53,20 @@ __all__ = [
     "Update",
 ]
 
-MAX_OPEN_REQUESTS = 4096
 HEARTBEAT_S = 1.0
 # Before the engine is ready a worker may be waiting for its first heartbeat.
 STARTING_HEARTBEAT_S = 0.1
-# Seconds that a stop waits for the workers to leave, and then for torchrun to end them.
-SHUTDOWN_GRACE_S = 1.5
-TERMINATE_GRACE_S = 1.5
-# Seconds that torchrun has to take notice of its workers' end; it looks ten times a second.
-REAP_S = 0.3
 # Seconds that torchrun has to write how its workers ended.
-VERDICT_S = 3.0
+DEATH_VERDICT_S = 3.0
+OPEN_STATES = (ClientState.READY, ClientState.BUSY, ClientState.RECOVERING)
+"""In which requests are taken."""
 
 
 class EngineClient:
     """One engine: the workers of one config, and the requests to them.
+
+    A stage that is lost after the start (it died, hangs, or has no link) is replaced, and open
+    requests go on where they were: see docs/recovery.md.
 
     Args:
         config: the run.
@@ -73,6 +74,8 @@ class EngineClient:
             rank, or CLIENT_RANK (-1) for a Notice of the client itself.
         silence_s: a start fails when for so many seconds no worker says anything.
         command: builds the command line that starts the workers; torchrun's without it.
+        attempts: how often in a row, without a token in between, a lost stage is replaced; 0 for
+            an engine that dies with its first stage.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class EngineClient:
         listener: Callable[[Update], None] | None = None,
         silence_s: float = 120.0,
         command: Command | None = None,
+        attempts: int = ATTEMPTS,
     ) -> None:
         self.config = config
         self.state = ClientState.STARTING
@@ -90,6 +94,8 @@ class EngineClient:
         self._listener = listener
         self._silence_s = silence_s
         self._command = command
+        self._attempts = Attempts(attempts)
+        self._watchdog = Watchdog(config.world_size)
         self._dropped_before = 0
         self._epoch = 0
         self._requests = 0
@@ -103,22 +109,22 @@ class EngineClient:
         self.telemetry: dict[int, StageTelemetry] = {}
         self.tree: TreeChosen | None = None
         """What the tuner chose last; None where the config names the tree."""
-        self._streams: dict[str, RequestStream] = {}
-        self._launch: Launch | None = None
-        self._queue: QueueClient | None = None
-        self._post_mortem: PostMortem | None = None
+        self._open = OpenRequests()
+        self._crew: Crew | None = None
+        self._folder = Path()
+        self._up = False
+        """The stages are ready for requests."""
         self._error: EngineError | None = None
         self._ending: asyncio.Task[None] | None = None
-        self._beat_timer: asyncio.TimerHandle | None = None
+        self._recovering: asyncio.Task[None] | None = None
+        self._timers: dict[Callable[[], None], asyncio.TimerHandle] = {}
         self._heard = 0.0
-        self._settled = asyncio.Event()  # the engine is ready, or at its end
-        self._torchrun_gone = asyncio.Event()
-        self._workers_gone = asyncio.Event()
+        self._settled = asyncio.Event()  # the stages are ready, or something is wrong with them
 
     @property
     def dropped_messages(self) -> int:
         """Frames from workers that were malformed or of another launch."""
-        return self._dropped_before + (self._queue.dropped if self._queue else 0)
+        return self._dropped_before + (self._crew.queue.dropped if self._crew else 0)
 
     def log_path(self, rank: int) -> Path | None:
         """The log file of a rank, None where there is none yet."""
@@ -154,22 +160,21 @@ class EngineClient:
             raise
 
     async def _start(self) -> EngineReady:
-        folder = await prepare_model(self.config, lambda line: self._tell(Fetching(line)))
-        self._epoch = max(self._epoch + 1, time.time_ns() // 1_000_000)
-        launch = self._launch = Launch(self.config, folder, self._epoch, self._command)
-        self.log_dir = launch.log_dir
-        self._queue = QueueClient(
-            launch.run_dir.events,
-            launch.run_dir.commands,
-            epoch=self._epoch,
-            world_size=self.config.world_size,
-            on_batch=self._on_batch,
-        )
-        pid = launch.spawn()
-        self._post_mortem = PostMortem(launch.log_dir)
-        self._queue.start(pid)
-        self._beat()
+        self._folder = await prepare_model(self.config, lambda line: self._tell(Fetching(line)))
+        self._launch()
         return await self._wait_ready()
+
+    def _launch(self) -> None:
+        """Start the processes, in the place of those that there may be."""
+        self._dismiss()
+        epoch = self._next_epoch()
+        self._crew = Crew(self.config, self._folder, epoch, self._command, self._on_batch)
+        self.log_dir = self._crew.launch.log_dir
+        self._beat()
+
+    def _next_epoch(self) -> int:
+        self._epoch = max(self._epoch + 1, time.time_ns() // 1_000_000)
+        return self._epoch
 
     async def _wait_ready(self) -> EngineReady:
         self._heard = time.monotonic()
@@ -182,8 +187,8 @@ class EngineClient:
                         torchrun_log(self.log_dir),
                     )
                 )
-            await _wait(self._settled, left)
-        if self.ready is None:
+            await wait(self._settled, left)
+        if not self._up or self.ready is None:
             raise self._error or EngineError("the engine ended before it was ready")
         return self.ready
 
@@ -192,15 +197,16 @@ class EngineClient:
 
         Takes a second as a rule and less than five always. Open requests get an EngineError.
         """
-        if self._starting is not None and not self._starting.done():
-            self._starting.cancel()
-            await asyncio.wait([self._starting])
+        for task in (self._starting, self._recovering):
+            if task is not None and not task.done():
+                task.cancel()
+                await asyncio.wait([task])
         await self._end(None)
 
     def kill_now(self) -> None:
         """Kill every process of the engine; for when there is no event loop any more."""
-        if self._launch is not None:
-            self._launch.kill_now()
+        if self._crew is not None:
+            self._crew.launch.kill_now()
 
     async def _end(self, error: Exception | None) -> None:
         """Bring the engine to its end, once, and wait for that."""
@@ -209,50 +215,117 @@ class EngineClient:
         await asyncio.shield(self._ending)
 
     async def _wind_down(self, error: Exception | None) -> None:
-        launch, queue = self._launch, self._queue
         try:
-            if launch is not None and queue is not None and launch.exit_code() is None:
+            if self._crew is not None and self._crew.launch.exit_code() is None:
                 self._set_state(ClientState.DRAINING)
-                launch.add_descendants()
-                if self.ready is not None:  # all workers are listening
-                    queue.publish(Shutdown())
-                    await _wait(self._workers_gone, SHUTDOWN_GRACE_S)
-                if self._workers_gone.is_set():
-                    await _until(lambda: not launch.unreaped(), REAP_S)
-                else:
-                    launch.terminate()
-                    await _wait(self._torchrun_gone, TERMINATE_GRACE_S)
+                await self._crew.wind_down(listening=self._up)
         finally:
             self._release(EngineError(str(error) if error else "the engine was stopped"))
 
     async def _die(self) -> None:
         """A process of the engine has ended unasked: find out why, end the others, say so."""
-        launch, post_mortem = self._launch, self._post_mortem
-        assert launch is not None and post_mortem is not None
         error = EngineError("the engine died")
         try:
             self._set_state(ClientState.DRAINING)
-            await _until(lambda: self._torchrun_gone.is_set() or post_mortem.clear(), VERDICT_S)
-            error = post_mortem.error(launch.exit_code())
+            assert self._crew is not None
+            error = await self._crew.verdict(DEATH_VERDICT_S)
         finally:
             self._release(error)
 
     def _release(self, error: EngineError) -> None:
         """The end itself: no process, no socket, no timer and no waiting request is left."""
-        if self._beat_timer is not None:
-            self._beat_timer.cancel()
-        if self._launch is not None:
-            self._launch.kill_now()
-        if self._queue is not None:
-            self._queue.close()
-            self._dropped_before += self._queue.dropped
-            self._queue = None
+        self._up = False
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        self._dismiss()
         self._error = error
         self._settled.set()
-        for stream in self._streams.values():
-            stream.fail(error)
-        self._streams.clear()
+        self._open.fail(error)
         self._set_state(ClientState.DEAD, str(error))
+
+    def _dismiss(self) -> None:
+        """End the processes that there are, if any."""
+        if self._crew is not None:
+            self._crew.release()
+            self._dropped_before += self._crew.queue.dropped
+            self._crew = None
+
+    # --- a lost stage ----------------------------------------------------------------------------
+
+    def _on_loss(self, hang: Hang | None = None) -> None:
+        """A process has ended unasked, or one hangs."""
+        if self._ending is not None:
+            return
+        was_up, self._up = self._up, False
+        if self._recovering is not None:  # it notices that what it waits for will not come
+            self._settled.set()
+        elif was_up and self._attempts.limit:
+            self._recovering = asyncio.create_task(self._recover(hang))
+        else:
+            self._ending = asyncio.create_task(self._die())
+
+    async def _recover(self, hang: Hang | None) -> None:
+        """Have what was lost replaced, until all works again or there is no more hope."""
+        assert self._crew is not None
+        error = EngineError(hang.cause) if hang else await self._crew.verdict(VERDICT_S)
+        try:
+            while True:
+                delay = self._attempts.next_delay()
+                if error.exit_code == ExitCode.BAD_INPUT:
+                    break  # it will not be better the next time
+                if delay is None:
+                    error = EngineError(
+                        f"given up after {self._attempts.limit} attempts to recover: {error}"
+                    )
+                    break
+                what = f"recovering, attempt {self._attempts.made}: {error}"
+                self._set_state(ClientState.RECOVERING, what)
+                await asyncio.sleep(delay)
+                try:
+                    await self._bring_back(hang.rank if hang else None, self._attempts.made)
+                    return
+                except EngineError as problem:
+                    error, hang = problem, None
+        except asyncio.CancelledError:
+            raise
+        except Exception as problem:
+            error = EngineError(f"{type(problem).__name__} while recovering: {problem}")
+        self._ending = asyncio.create_task(self._give_up(error))
+
+    async def _give_up(self, error: EngineError) -> None:
+        self._release(error)
+
+    async def _bring_back(self, hung: int | None, attempt: int) -> None:
+        """Have the stages work again; raises EngineError when they do not.
+
+        At first only what is lost is replaced, then all workers, at last torchrun as well.
+        """
+        self._open.lost()
+        self._settled.clear()
+        self.stages.clear()
+        if self._crew is not None and self._crew.launch.exit_code() is None and attempt < 3:
+            self._beat()
+            await self._crew.regroup(self._next_epoch(), hung, spare=attempt == 1)
+        else:
+            self._launch()
+        try:
+            await self._wait_ready()
+        except EngineError:
+            assert self._crew is not None
+            if self._settled.is_set():
+                raise await self._crew.verdict(VERDICT_S) from None
+            raise
+        self._recovering = None
+        for request in self._open.continuations():
+            self._publish(request)
+        self._set_state(ClientState.BUSY if len(self._open) else ClientState.READY)
+
+    def _watch(self) -> None:
+        """Look whether all stages get on."""
+        self._later(CHECK_S, self._watch)
+        if self._up and (hang := self._watchdog.check()) is not None:
+            self._on_loss(hang)
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -280,87 +353,94 @@ class EngineClient:
             )
         )
 
-    def send(self, request: Generate) -> RequestStream:
+    def send(self, request: Generate) -> AnswerStream:
         """As `submit`, for a request whose id the caller has chosen: not "r" and a number.
 
         Raises:
             EngineError: as `submit`.
         """
-        if self._queue is None or self.state not in (ClientState.READY, ClientState.BUSY):
+        if self.state not in OPEN_STATES:
             raise EngineError(str(self._error or f"the engine is {self.state.value}, not ready"))
-        if len(self._streams) >= MAX_OPEN_REQUESTS:
-            raise EngineError(f"{MAX_OPEN_REQUESTS} requests are open; wait for one to end")
-        stream = self._streams[request.request_id] = RequestStream(request.request_id)
-        self._queue.publish(request)
-        self._set_state(ClientState.BUSY)
+        stream = self._open.add(request)
+        if self._up:  # else it is sent when the stages are back
+            self._publish(stream.continuation())
+            self._set_state(ClientState.BUSY)
         return stream
+
+    def _publish(self, request: Generate) -> None:
+        assert self._crew is not None
+        self._crew.queue.publish(request)
 
     def cancel(self, request_id: str) -> None:
         """Have a request end within one step, with `Finished`; nothing if it has ended."""
-        if self._queue is not None and request_id in self._streams:
-            self._queue.publish(Cancel(request_id))
+        if request_id not in self._open:
+            return
+        if self._up and self._crew is not None:
+            self._open.cancelled(request_id)
+            self._crew.queue.publish(Cancel(request_id))
+        else:
+            self._open.end_cancelled(request_id)
 
     # --- what happens ----------------------------------------------------------------------------
 
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        """Have something done again, once, whatever was said before."""
+        if (timer := self._timers.get(call)) is not None:
+            timer.cancel()
+        self._timers[call] = asyncio.get_running_loop().call_later(seconds, call)
+
     def _beat(self) -> None:
-        if self._queue is not None:
-            self._queue.publish(Heartbeat())
-            delay = HEARTBEAT_S if self.ready else STARTING_HEARTBEAT_S
-            self._beat_timer = asyncio.get_running_loop().call_later(delay, self._beat)
+        if self._crew is not None:
+            self._crew.queue.publish(Heartbeat())
+            self._later(HEARTBEAT_S if self._up else STARTING_HEARTBEAT_S, self._beat)
 
     def _on_batch(self, batch: list[Item]) -> None:
         for item in batch:
             if isinstance(item, Gone):
-                self._on_gone(item.pid)
-            else:
+                if self._crew is not None and self._crew.gone(item.pid):
+                    self._on_loss()
+            elif self._crew is not None and item.epoch == self._crew.epoch:
                 self._heard = time.monotonic()
                 self._on_event(item)
                 self._tell(item)
 
-    def _on_gone(self, pid: int) -> None:
-        assert self._launch is not None and self._post_mortem is not None
-        self._post_mortem.gone(pid)
-        if self._launch.exit_code() is not None:
-            self._torchrun_gone.set()
-        if self._post_mortem.all_gone(self.config.world_size):
-            self._workers_gone.set()
-        self._on_death()
-
-    def _on_death(self) -> None:
-        if self._ending is None:
-            self._ending = asyncio.create_task(self._die())
-
     def _on_event(self, envelope: EventEnvelope) -> None:
         rank, body = envelope.rank, envelope.body
-        assert self._launch is not None and self._post_mortem is not None
+        assert self._crew is not None
         match body:
             case StageState():
                 self.stages[rank] = body
-                if body.pid > 0 and self._post_mortem.reported(rank, body.pid):
-                    self._launch.add_descendants()
+                if body.pid > 0:
+                    self._crew.reported(rank, body.pid)
             case StageTelemetry():
                 self.telemetry[rank] = body
+                self._watchdog.heard(rank, body)
             case TreeChosen():
                 self.tree = body
             case EngineReady():
-                self.ready = body
-                self._settled.set()
-                self._set_state(ClientState.READY)
+                self._on_ready(body)
             case WorkerError():
-                self._post_mortem.last_words(rank, body)
-                self._on_death()
+                self._crew.post_mortem.last_words(rank, body)
+                self._on_loss()
             case Started() | Tokens() | Finished() | Failed():
                 self._on_answer(body)
 
+    def _on_ready(self, ready: EngineReady) -> None:
+        self.ready = ready
+        self._up = True
+        self._attempts.up()
+        if self._attempts.limit:
+            self._watchdog.restart()
+            self._watch()
+        self._settled.set()
+        if self._recovering is None:
+            self._set_state(ClientState.READY)
+
     def _on_answer(self, event: Answer) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is None:
-            return
-        stream.put(event)
-        if isinstance(event, Finished | Failed):
-            del self._streams[event.request_id]
-            if not self._streams and self.state is ClientState.BUSY:
-                self._set_state(ClientState.READY)
+        if self._open.take(event):
+            self._attempts.progressed()
+        if not len(self._open) and self.state is ClientState.BUSY:
+            self._set_state(ClientState.READY)
 
     def _set_state(self, state: ClientState, reason: str = "") -> None:
         if state is not self.state or reason:
@@ -377,14 +457,3 @@ class EngineClient:
             asyncio.get_running_loop().call_exception_handler(
                 {"message": "error in the engine's listener", "exception": error}
             )
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)
-
-
-async def _until(test: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not test() and time.monotonic() < deadline:
-        await asyncio.sleep(0.02)

@@ -56,7 +56,7 @@ class Endpoint:
     def __init__(self, events: str, commands: str, *, rank: int, epoch: int) -> None:
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         """Commands for this worker, heartbeats left out."""
-        self._epoch = epoch
+        self._epoch = self._first_epoch = epoch
         self._outbox = _Outbox(rank, epoch)
         self._subscribed = threading.Event()
         self._context = zmq.Context()
@@ -85,6 +85,11 @@ class Endpoint:
         Returns False after `timeout_s` seconds without one.
         """
         return self._subscribed.wait(timeout_s)
+
+    def change_epoch(self, epoch: int) -> None:
+        """Belong to another epoch from now on; events that have not left are dropped."""
+        self._epoch = epoch
+        self._outbox.change_epoch(epoch)
 
     def send(self, event: Event) -> None:
         """Queue `event` for the client; from any thread, never blocks.
@@ -115,6 +120,8 @@ class Endpoint:
         while self._wake_read not in dict(poller.poll(dropped.wait_ms())):
             for frame in waiting_frames(self._sub):
                 envelope = decode_command(frame)
+                if envelope is not None and self._is_of_a_neighbour_epoch(envelope.epoch):
+                    continue
                 if envelope is None or envelope.epoch != self._epoch:
                     dropped.count += 1
                 elif isinstance(envelope.body, Heartbeat):
@@ -124,6 +131,10 @@ class Endpoint:
             if notice := dropped.notice():
                 self.send(notice)
         self._sub.close(linger=0)
+
+    def _is_of_a_neighbour_epoch(self, epoch: int) -> bool:
+        """Of what this worker was part of before, or will be after the Regroup in the inbox."""
+        return self._first_epoch <= epoch < self._epoch or epoch > self._epoch
 
 
 def waiting_frames(socket: zmq.Socket[bytes], limit: int = 256) -> Iterator[bytes]:
@@ -146,6 +157,13 @@ class _Outbox:
         self._latest: dict[type[Event], Event] = {}
         self._notices = 0
         self._deadline: float | None = None
+
+    def change_epoch(self, epoch: int) -> None:
+        with self._ready:
+            self._epoch = epoch
+            self._events.clear()
+            self._latest.clear()
+            self._notices = 0
 
     def put(self, event: Event) -> None:
         with self._ready:
@@ -182,23 +200,24 @@ class _Outbox:
             self._deadline = deadline
             self._ready.notify()
 
-    def _take(self) -> Event | None:
-        """The next event; waits for one; None when closed and empty."""
+    def _take(self) -> bytes | None:
+        """The next event's frame; waits for one; None when closed and empty."""
         with self._ready:
             while not (self._events or self._latest or self._deadline is not None):
                 self._ready.wait()
             if self._events:
                 event = self._events.popleft()
                 self._notices -= isinstance(event, Notice)
-                return event
-            if self._latest:
-                return self._latest.popitem()[1]
-            return None
+            elif self._latest:
+                event = self._latest.popitem()[1]
+            else:
+                return None
+            # Here, and not where it is sent: the epoch may change in between.
+            return encode(EventEnvelope(PROTOCOL_VERSION, self._epoch, self._rank, event))
 
     def run(self, push: zmq.Socket[bytes]) -> None:
         """Send until closed: then what is left, as far as the deadline allows."""
-        while (event := self._take()) is not None:
-            frame = encode(EventEnvelope(PROTOCOL_VERSION, self._epoch, self._rank, event))
+        while (frame := self._take()) is not None:
             while not (sent := _sent(push, frame)) and self._left_s() > 0:
                 pass  # the client reads slowly, or is gone: the owners' watch tells these apart
             if not sent:

@@ -7,23 +7,23 @@ in files, and gloo and NCCL are told to use the loopback interface.
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
 import psutil
+from msgspec.json import decode as json_decode
 
 import engine
 from engine.config import JupiterConfig, config_json
 from engine.errors import EngineError
 from engine.logs import new_log_dir, torchrun_log
 from engine.processes import ProcessHandle, descendants, wait_all_gone
-from engine.run_dir import RunDir
+from engine.run_dir import Run, RunDir
 
 WORKER = ("--module", "engine.worker")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -53,6 +53,7 @@ class Launch:
         self.log_dir = new_log_dir()
         self.run_dir = RunDir()
         self.process: subprocess.Popen[bytes] | None = None
+        self._wanted = [1] * config.world_size
         self._command = command or torchrun_command
         self._workers: dict[int, ProcessHandle] = {}
         atexit.register(self.kill_now)
@@ -64,7 +65,7 @@ class Launch:
         reaches only the client. Raises EngineError when it cannot be started.
         """
         try:
-            self.run_dir.write_private(self.run_dir.run_file, self._run_json())
+            self.run_dir.write_run(self._run())
             with torchrun_log(self.log_dir).open("ab") as log:
                 self.process = subprocess.Popen(
                     self._command(self),
@@ -78,17 +79,31 @@ class Launch:
             raise EngineError(f"the workers cannot be started: {error}") from None
         return self.process.pid
 
-    def _run_json(self) -> str:
-        return json.dumps(
-            {
-                "epoch": self.epoch,
-                "events": self.run_dir.events,
-                "commands": self.run_dir.commands,
-                "client_pid": os.getpid(),
-                "model_folder": str(self.model_folder),
-                "store": str(self.run_dir.store),
-                "config": json.loads(config_json(self.config)),
-            }
+    def replace(self, ranks: Iterable[int], epoch: int) -> None:
+        """Have another worker started for each of `ranks` as soon as it has none; from now on they
+        belong to `epoch`.
+
+        Raises EngineError when that cannot be written.
+        """
+        self.epoch = epoch
+        for rank in ranks:
+            self._wanted[rank] += 1
+        try:
+            self.run_dir.write_run(self._run())
+        except OSError as error:
+            raise EngineError(f"{self.run_dir.run_file}: {error.strerror}") from None
+
+    def _run(self) -> Run:
+        return Run(
+            epoch=self.epoch,
+            events=self.run_dir.events,
+            commands=self.run_dir.commands,
+            client_pid=os.getpid(),
+            model_folder=str(self.model_folder),
+            log_dir=str(self.log_dir),
+            store=str(self.run_dir.store(self.epoch)),
+            config=json_decode(config_json(self.config)),
+            workers=tuple(self._wanted),
         )
 
     def exit_code(self) -> int | None:
@@ -103,6 +118,11 @@ class Launch:
             if pid not in self._workers:
                 with suppress(OSError):  # it may have ended already
                     self._workers[pid] = ProcessHandle(pid)
+
+    def kill_worker(self, pid: int) -> None:
+        """End one process below torchrun; nothing if it has ended."""
+        if pid in self._workers:
+            self._workers[pid].signal(SIGKILL)
 
     def unreaped(self) -> bool:
         """Whether the kernel still lists a worker, be it only for torchrun to take notice."""

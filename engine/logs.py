@@ -7,6 +7,8 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Container
+from contextlib import suppress
 from pathlib import Path
 
 from engine.errors import EngineError
@@ -14,6 +16,8 @@ from engine.paths import make_private, state_dir
 
 KEEP_LAUNCHES = 20
 TAIL_BYTES = 16_384
+EXITS = "exits.log"
+"""Of a launch: a line for each worker that failed."""
 # Two forms in which torchrun tells how a worker ended: at once, and in its closing summary.
 _FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
 _SUMMARY = re.compile(
@@ -73,12 +77,35 @@ def with_last_lines(what: str, log: Path | None) -> str:
     return "\n".join([f"{what}; the end of {log}:", *(f"  {line}" for line in lines)])
 
 
-def exit_codes(log_dir: Path) -> dict[int, tuple[int, int]]:
-    """What torchrun wrote about workers that failed: rank -> (pid, exit code).
+def note_exit(log_dir: str, epoch: int, rank: int, pid: int, code: int) -> None:
+    """Note how a worker of an epoch ended, for `exit_codes`; in one write, as all ranks do it."""
+    with suppress(OSError):  # a full disk: the end itself is seen all the same
+        fd = os.open(Path(log_dir, EXITS), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.write(fd, f"{epoch} {rank} {pid} {code}\n".encode())
+        finally:
+            os.close(fd)
 
-    A negative exit code is the signal that ended the worker, negated. The first rank is the one
-    that torchrun took for the cause.
+
+def exit_codes(
+    log_dir: Path, epoch: int | None = None, without: Container[int] = ()
+) -> dict[int, tuple[int, int]]:
+    """How the workers of an epoch failed: rank -> (pid, exit code), in the order of their ends.
+
+    A negative exit code is the signal that ended the worker, negated. Where nothing was noted,
+    it is what torchrun wrote about the processes that it started; its first rank is the one that
+    it took for the cause. Processes in `without` are passed over.
     """
+    noted: dict[int, tuple[int, int]] = {}
+    with suppress(OSError, ValueError):
+        for line in (log_dir / EXITS).read_text(encoding="ascii").splitlines():
+            of, rank, pid, code = map(int, line.split())
+            if of == epoch and pid not in without:
+                noted.setdefault(rank, (pid, code))
+    return noted or _torchruns(log_dir)
+
+
+def _torchruns(log_dir: Path) -> dict[int, tuple[int, int]]:
     try:
         text = torchrun_log(log_dir).read_text(encoding="utf-8", errors="replace")
     except OSError:

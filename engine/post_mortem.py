@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine.errors import EngineError, ExitCode
@@ -26,12 +27,18 @@ class PostMortem:
 
     Args:
         log_dir: the launch's logs.
+        epoch: of the launch, that these ends belong to.
+        rank_of: ranks of processes that lived through the epoch before.
     """
 
-    def __init__(self, log_dir: Path) -> None:
+    def __init__(
+        self, log_dir: Path, epoch: int | None = None, rank_of: Mapping[int, int] | None = None
+    ) -> None:
         self._log_dir = log_dir
-        self._rank_of: dict[int, int] = {}
+        self._epoch = epoch
+        self._rank_of = dict(rank_of or {})
         self._gone: list[int] = []
+        self._dismissed: set[int] = set()
         self._last_words: dict[int, WorkerError] = {}
         self._told_at_once = False  # the first evidence was a worker's own last words
 
@@ -41,14 +48,28 @@ class PostMortem:
         self._rank_of[pid] = rank
         return new
 
-    def gone(self, pid: int) -> None:
-        """A process has ended."""
+    def gone(self, pid: int) -> bool:
+        """A process has ended; whether it is one that had reported, and is missed."""
+        missed = pid in self._rank_of and pid not in self._gone
         self._gone.append(pid)
+        return missed
+
+    def ended_by_themselves(self) -> list[int]:
+        """Ranks that have said why they end; their processes may not have, yet."""
+        return list(self._last_words)
+
+    def forget(self, pid: int) -> None:
+        """A process is no evidence any more: its end is wanted."""
+        self._rank_of.pop(pid, None)
+        self._dismissed.add(pid)
+
+    def living(self) -> dict[int, int]:
+        """Which rank each process is that has reported and has not ended."""
+        return {pid: rank for pid, rank in self._rank_of.items() if pid not in self._gone}
 
     def all_gone(self, world_size: int) -> bool:
         """Whether every rank has reported and has ended."""
-        ranks = {self._rank_of[pid] for pid in self._gone if pid in self._rank_of}
-        return len(ranks) == world_size
+        return len(set(self._rank_of.values())) == world_size and not self.living()
 
     def last_words(self, rank: int, error: WorkerError) -> None:
         """A worker has said why it will end."""
@@ -57,10 +78,10 @@ class PostMortem:
 
     def clear(self) -> bool:
         """Whether nothing more need be waited for to name the cause."""
-        if self._told_at_once:
-            return True
+        if self._told_at_once or not self._gone:
+            return self._told_at_once
         first = self._rank_of.get(self._gone[0])
-        verdict = exit_codes(self._log_dir)
+        verdict = exit_codes(self._log_dir, self._epoch, self._dismissed)
         if any(pid not in self._rank_of for pid, _ in verdict.values()):
             return True
         return first in verdict and verdict[first][1] not in _FOLLOWED
@@ -85,8 +106,8 @@ class PostMortem:
         """The rank that went first; None when it was torchrun."""
         if self._told_at_once:
             return next(iter(self._last_words))
-        verdict = exit_codes(self._log_dir)
-        first = self._rank_of.get(self._gone[0])
+        verdict = exit_codes(self._log_dir, self._epoch, self._dismissed)
+        first = self._rank_of.get(self._gone[0]) if self._gone else None
         if first is None:
             if torchrun_exit is not None and torchrun_exit < 0:
                 return None
@@ -124,7 +145,7 @@ class PostMortem:
     def _silent(self, rank: int) -> EngineError:
         """A rank that ended without a word: its exit code and the end of its log."""
         pids = {known: pid for pid, known in self._rank_of.items()}
-        codes = exit_codes(self._log_dir)
+        codes = exit_codes(self._log_dir, self._epoch, self._dismissed)
         how = describe_exit(codes[rank][1]) if rank in codes else "ended"
         pid = codes[rank][0] if rank in codes else pids[rank]
         log = rank_log(self._log_dir, rank)

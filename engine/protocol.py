@@ -89,7 +89,18 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish nothing more and exit with code 0."""
 
 
-Command = Generate | Cancel | Heartbeat | Shutdown
+class Regroup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A stage was lost: leave the process group, and meet the others again in that of `epoch`.
+
+    Sent under the epoch before. Weights stay; requests and KV rows are forgotten.
+    """
+
+    epoch: int
+    store: str
+    """File of the new group's FileStore."""
+
+
+Command = Generate | Cancel | Heartbeat | Shutdown | Regroup
 
 
 # --- events: workers -> client -----------------------------------------------------------------
@@ -252,6 +263,12 @@ class StageTelemetry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Such as "cpu" or "cuda:0"."""
     device_name: str = ""
     """For people, such as the GPU's or the processor's model."""
+    doing: Literal["busy", "wait", "link", "idle", "text"] = "idle"
+    """At this moment; as the seconds above, "text" where a long text may be what it works on."""
+    progress: int = 0
+    """Goes up with every layer computed and every message moved; see `patience_s`."""
+    patience_s: float = 0.0
+    """While there is work, so long without progress of any stage is a hang."""
 
 
 class FlightSpan(msgspec.Struct, frozen=True, array_like=True):

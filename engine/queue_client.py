@@ -66,7 +66,7 @@ class QueueClient:
         world_size: int,
         on_batch: Callable[[list[Item]], None],
     ) -> None:
-        self._epoch = epoch
+        self._epoch = self._first_epoch = epoch
         self._world_size = world_size
         self._on_batch = on_batch
         self._loop = asyncio.get_running_loop()
@@ -106,6 +106,11 @@ class QueueClient:
     def publish(self, command: Command) -> None:
         """Send a command to all workers; from the loop's thread only, never blocks."""
         self._pub.send(encode(CommandEnvelope(PROTOCOL_VERSION, self._epoch, command)))
+
+    def change_epoch(self, epoch: int) -> None:
+        """Belong to another epoch from now on; what is still to come of the one before is passed
+        over."""
+        self._epoch = epoch
 
     def close(self) -> None:
         """Stop following, and close; idempotent. Commands get a moment to leave."""
@@ -158,6 +163,8 @@ class QueueClient:
         items: list[Item] = []
         for frame in waiting_frames(self._pull):
             envelope = decode_event(frame)
+            if envelope is not None and self._first_epoch <= envelope.epoch < self._epoch:
+                continue
             if (
                 envelope is None
                 or envelope.epoch != self._epoch

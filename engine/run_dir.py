@@ -11,13 +11,39 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from engine.errors import EngineError
 
 PREFIX = "jupiter-"
 LOCK = "lock"
+RUN_FILE = "run.json"
 ATTEMPTS = 3
 # A Unix socket's path may have 108 bytes, the closing zero included.
 MAX_SOCKET_PATH = 107
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """What a launch tells its workers, for one epoch of it."""
+
+    epoch: int
+    """Stamped on every message; another one begins when the stages meet again after a loss."""
+    events: str
+    commands: str
+    """Addresses of the client's sockets."""
+    client_pid: int
+    model_folder: str
+    log_dir: str
+    store: str
+    """File of the process group's FileStore."""
+    config: dict[str, object]
+    workers: tuple[int, ...]
+    """Of each rank, the number of workers that were wanted for it so far."""
+
+
+def read_run(run_dir: Path) -> Run:
+    """What the workers of a run folder are told now. Raises OSError, msgspec.DecodeError."""
+    return msgspec.json.decode((run_dir / RUN_FILE).read_bytes(), type=Run)
 
 
 class RunDir:
@@ -44,23 +70,24 @@ class RunDir:
     @property
     def run_file(self) -> Path:
         """What the workers are told."""
-        return self.path / "run.json"
+        return self.path / RUN_FILE
 
-    @property
-    def store(self) -> Path:
-        """File of the process group's FileStore."""
-        return self.path / "store"
+    def store(self, epoch: int) -> Path:
+        """File of an epoch's FileStore: what a group before has left there would confuse it."""
+        return self.path / f"store-{epoch}"
 
     @property
     def rendezvous(self) -> Path:
         """File of torchrun's own rendezvous."""
         return self.path / "rendezvous"
 
-    def write_private(self, path: Path, text: str) -> None:
-        """Write `text` to a file of mode 0600 in the folder."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text)
+    def write_run(self, run: Run) -> None:
+        """Write what the workers are told, mode 0600; in one move, as they may be reading."""
+        new = self.path / f"{RUN_FILE}.new"
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(msgspec.json.encode(run))
+        new.replace(self.run_file)
 
     def remove(self) -> None:
         """Remove the folder and what is in it; idempotent."""

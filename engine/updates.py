@@ -15,6 +15,8 @@ class ClientState(enum.Enum):
     READY = "ready"
     BUSY = "busy"
     """At least one request is open."""
+    RECOVERING = "recovering"
+    """A stage was lost and is being replaced; requests wait, and go on where they were."""
     DRAINING = "draining"
     """On its way to an end; no request is taken."""
     RESPAWNING = "respawning"
@@ -25,7 +27,11 @@ class ClientState(enum.Enum):
 
 @dataclass(frozen=True)
 class StateChanged:
-    """The client is in another state; `reason` is for people and may be empty."""
+    """The client is in another state; `reason` is for people and may be empty.
+
+    For RECOVERING its first line tells which attempt it is, the rank, and what happened to it;
+    below are the last lines of the rank's log.
+    """
 
     state: ClientState
     reason: str

@@ -1,13 +1,13 @@
 """One rank of a launch: `python -m engine.worker RUN_DIR`, started by torchrun.
 
-torch is imported late: before that, the queue is connected and the owners are watched, so that a
-worker whose client dies during the start ends as well.
+What torchrun starts is the rank's keeper (engine/keeper.py); the worker is a fork of it, which
+has torch loaded from the beginning.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import queue
 import sys
 import traceback
 from pathlib import Path
@@ -15,17 +15,39 @@ from pathlib import Path
 from engine.config import JupiterConfig, parse_config
 from engine.endpoint import Endpoint, watch_owners
 from engine.errors import ExitCode, JupiterError, StageLostError
-from engine.protocol import StageState, WorkerError
+from engine.keeper import keep
+from engine.protocol import Regroup, StageState, WorkerError
+from engine.run_dir import Run, read_run
 
 SUBSCRIBE_S = 60.0
+# A client that has not said within so many seconds how to go on has another process in mind.
+REGROUP_S = 30.0
 
 
 def main(run_dir: str) -> int:
     """Serve as the rank that torchrun's environment names; returns the exit code."""
-    run = json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8"))
-    watch_owners(run["client_pid"])
+    folder = Path(run_dir)
+    if not hasattr(os, "pidfd_open"):  # where torch does not survive a fork: no quick recovery
+        return work(read_run(folder))
+    run = read_run(folder)
+    endpoint = Endpoint(run.events, run.commands, rank=int(os.environ["RANK"]), epoch=run.epoch)
+    endpoint.send(StageState(phase="starting"))
+    endpoint.close()  # its threads must not be there when the worker is forked
+    _load_torch()
+    return keep(folder, work)
+
+
+def _load_torch() -> None:
+    import engine.pipeline.build
+    import engine.pipeline.group
+    import engine.pipeline.run  # noqa: F401
+
+
+def work(run: Run) -> int:
+    """Be the worker of this process's rank; returns its exit code."""
+    watch_owners(run.client_pid)
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    endpoint = Endpoint(run["events"], run["commands"], rank=rank, epoch=run["epoch"])
+    endpoint = Endpoint(run.events, run.commands, rank=rank, epoch=run.epoch)
     try:
         endpoint.send(StageState(phase="starting", pid=os.getpid()))
         if not endpoint.wait_subscribed(SUBSCRIBE_S):
@@ -34,11 +56,13 @@ def main(run_dir: str) -> int:
         return _work(run, rank, local_rank, endpoint)
     finally:
         endpoint.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
-def _work(run: dict[str, str], rank: int, local_rank: int, endpoint: Endpoint) -> int:
+def _work(run: Run, rank: int, local_rank: int, endpoint: Endpoint) -> int:
     try:
-        config = parse_config(run["config"], "run.json")  # type: ignore[arg-type]
+        config = parse_config(run.config, "run.json")
         _serve(config, run, rank, local_rank, endpoint)
     except StageLostError as error:
         # Not a WorkerError: the cause is another rank, which is reported in its own right.
@@ -56,18 +80,16 @@ def _work(run: dict[str, str], rank: int, local_rank: int, endpoint: Endpoint) -
     return ExitCode.OK
 
 
-def _serve(
-    config: JupiterConfig, run: dict[str, str], rank: int, local_rank: int, endpoint: Endpoint
-) -> None:
+def _serve(config: JupiterConfig, run: Run, rank: int, local_rank: int, endpoint: Endpoint) -> None:
     import torch
 
     from engine.pipeline.build import build_stage, choose_device, make_plan, will_compile
-    from engine.pipeline.group import choose_backend, join_by_file
-    from engine.pipeline.run import run_rank
+    from engine.pipeline.group import choose_backend, join_by_file, leave
+    from engine.pipeline.run import Kept, run_rank
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    plan = make_plan(config, Path(run["model_folder"]))
+    plan = make_plan(config, Path(run.model_folder))
     layers = plan.layers(rank)
 
     def state(phase: str, done: int = 0, total: int = 0) -> None:
@@ -85,13 +107,36 @@ def _serve(
     device = choose_device(config.device, local_rank)
     state("compiling" if will_compile(plan, device) else "loading")
     stage = build_stage(plan, rank, device, lambda done, total: state("loading", done, total))
-    if config.world_size > 1:
-        state("connecting")
-        backend = choose_backend(config, device)
-        join_by_file(Path(run["store"]), rank, config.world_size, backend, config)
-    state("ready")
-    run_rank(plan, stage, rank, inbox=endpoint.inbox, emit=endpoint.send)
+    backend, store = choose_backend(config, device), run.store
+    kept = Kept.of(plan) if rank == 0 else None
+    while True:
+        if config.world_size > 1:
+            state("connecting")
+            join_by_file(Path(store), rank, config.world_size, backend, config)
+        state("ready")
+        try:
+            run_rank(plan, stage, rank, inbox=endpoint.inbox, emit=endpoint.send, kept=kept)
+            break
+        except StageLostError as error:
+            print(error, file=sys.stderr, flush=True)
+        leave()  # not while the error, and with it what uses the connections, is there
+        store = _regrouped(endpoint)
     state("stopped")
+
+
+def _regrouped(endpoint: Endpoint) -> str:
+    """Wait until the client has the stages meet again; the store of the new group.
+
+    Raises StageLostError where it does not.
+    """
+    while True:
+        try:
+            command = endpoint.inbox.get(timeout=REGROUP_S)
+        except queue.Empty:
+            raise StageLostError("the stages were not brought together again") from None
+        if isinstance(command, Regroup):
+            endpoint.change_epoch(command.epoch)
+            return command.store
 
 
 if __name__ == "__main__":

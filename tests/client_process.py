@@ -34,7 +34,7 @@ async def run(config: JupiterConfig, fake: bool) -> int:
 
         engine.client.prepare_model = no_model
         command = fake_agent_command
-    client = EngineClient(config, command=command)
+    client = EngineClient(config, command=command, attempts=0 if fake else 3)
     try:
         await client.start()
         say(pids=[child.pid for child in psutil.Process().children(recursive=True)])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
+from engine.continuity import AnswerStream
 from engine.errors import EngineError
 from engine.protocol import Generate
 from engine.request import RequestStream
-from tui.continuity import AnswerStream
 
 
 class Answerer(Protocol):

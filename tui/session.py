@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from textual.message import Message as UiMessage
 
 from engine.config import JupiterConfig
+from engine.continuity import AnswerStream
 from engine.errors import EngineError, JupiterError
 from engine.protocol import (
     EngineReady,
@@ -30,7 +31,6 @@ from engine.protocol import (
 from engine.request import RequestStream
 from engine.updates import ClientState, StateChanged
 from tui.answers import Answers
-from tui.continuity import AnswerStream
 from tui.messages import EngineChanged, EngineNotice
 from tui.snapshot import Snapshot, fold
 

@@ -70,6 +70,11 @@ class NativeForward:
             self._heads = _Heads(model, self._kernels, self._lm_head)
             self.packed_bytes += self._lm_head.nbytes + self._heads.nbytes
 
+    @property
+    def progress(self) -> int:
+        """See Forward."""
+        return self._kernels.progress
+
     def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
         """As MedusaLlamaForCausalLM.forward: tokens int64 [rows] or hidden states, to hidden."""
         model = self._model

@@ -20,6 +20,8 @@
 
 namespace {
 
+std::atomic<int64_t> passed{0};
+
 constexpr int kCols = 16;  // outputs of one vector
 constexpr int kPair = 32;  // outputs that are computed together
 constexpr int kRows = 12;  // rows that share one pass over a block of weights
@@ -568,6 +570,9 @@ Pool* jupiter_pool(int threads) { return new Pool(threads); }
 void jupiter_pool_use(Pool* pool, int threads) { pool->use(threads); }
 void jupiter_pool_free(Pool* pool) { delete pool; }
 
+// Layers begun so far in this process: what a watch looks at, from another thread.
+int64_t jupiter_progress() { return passed.load(std::memory_order_relaxed); }
+
 // Bytes of scratch memory that `rows` rows seeing at most `keys` keys need.
 int64_t jupiter_scratch(const Model* m, int rows, int keys, int threads) {
   const int64_t width = padded((m->heads + 2 * m->kv_heads) * m->head_dim);
@@ -616,6 +621,7 @@ void jupiter_layers(Pool* pool, const Model* m, const Layer* layers, int count, 
         rms_norm(x + int64_t(r) * m->hidden, weight, m->eps, m->hidden, b.normed + int64_t(r) * m->hidden);
     };
     for (int l = 0; l < count; ++l) {
+      if (thread == 0) passed.fetch_add(1, std::memory_order_relaxed);
       const Layer& layer = layers[l];
       norm(layer.input_norm);
       product_into<false>(layer.qkv, round(b.normed, layer.qkv), share(layer.qkv), tile, start(layer.o), b.qkv);

@@ -170,6 +170,7 @@ class Kernels:
         self._lib = load_kernels()
         self._lib.jupiter_pool.restype = P
         self._lib.jupiter_scratch.restype = ctypes.c_int64
+        self._lib.jupiter_progress.restype = ctypes.c_int64
         self._lib.jupiter_norm.argtypes = (P, P, ctypes.c_float, ctypes.c_int, ctypes.c_int, P)
         self.threads = threads
         self._pool = P(self._lib.jupiter_pool(threads))
@@ -183,6 +184,11 @@ class Kernels:
     def use(self, threads: int) -> None:
         """Compute with fewer threads from now on, or with all again."""
         self._lib.jupiter_pool_use(self._pool, threads)
+
+    @property
+    def progress(self) -> int:
+        """Layers begun so far in this process."""
+        return int(self._lib.jupiter_progress())
 
     def best(self, w: PackedLinear, x: Tensor, outputs: int) -> list[int]:
         """Of float32 [rows, in] each row's largest of the first `outputs` outputs."""

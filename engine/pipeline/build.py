@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,12 @@ from engine.model.quantize import quantize_model
 from engine.pipeline.batch import Entry, Judge
 from engine.pipeline.group import neighbours
 from engine.pipeline.stage import Stage
+
+WARM_ROWS = 2
+# A layer that makes no progress for so long hangs: at least, and as a multiple of the time that it
+# would take for the longest chunk if each row cost as much as one of few.
+PATIENCE_S = 2.0
+PATIENCE = 3
 
 
 @dataclass
@@ -155,7 +162,10 @@ def build_stage(
         forward=_native(model, plan, device),
         neighbours=neighbours(plan.config, device),
     )
-    _warm_up(stage, plan.model.hidden_size)
+    for _ in range(2):  # the first one sets up what torch sets up on first use
+        seconds = _warm_up(stage, plan.model.hidden_size)
+    slowest = seconds / len(plan.layers(rank)) * plan.config.max_sub_sequence_len / WARM_ROWS
+    stage.patience_s = max(PATIENCE_S, PATIENCE * slowest)
     return stage
 
 
@@ -185,12 +195,16 @@ def _native(
     return native
 
 
-def _warm_up(stage: Stage, hidden_size: int) -> None:
-    """One step, so that the first request does not pay for what torch sets up on first use."""
-    entry = Entry(0, 0, tokens=[0, 0], parents=[-1, 0], judge=Judge.LAST)
+def _warm_up(stage: Stage, hidden_size: int) -> float:
+    """One step, so that the first request does not pay for it; the seconds of its layers."""
+    parents = range(-1, WARM_ROWS - 1)
+    entry = Entry(0, 0, tokens=[0] * WARM_ROWS, parents=list(parents), judge=Judge.LAST)
     hidden = None
     if not stage.first:
-        hidden = torch.zeros(2, hidden_size, dtype=stage.dtype, device=stage.device)
+        hidden = torch.zeros(WARM_ROWS, hidden_size, dtype=stage.dtype, device=stage.device)
+    began = time.perf_counter()
     out = stage.run([entry], hidden)
+    seconds = time.perf_counter() - began
     if stage.last:
         stage.judge([entry], out)
+    return seconds

@@ -27,6 +27,10 @@ class Forward(Protocol):
     def use_threads(self, threads: int) -> None:
         """Compute with fewer threads, or with all again."""
 
+    @property
+    def progress(self) -> int:
+        """Layers computed so far; another thread may look."""
+
     def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
         """Tokens int64 [rows] on the first stage, else hidden states, to hidden states.
 
@@ -54,10 +58,16 @@ class ModuleForward:
     ) -> None:
         self._model, self._dtype, self._device = model, dtype, device
         self.threads = torch.get_num_threads()
+        self.progress = 0
+        for layer in model.model.layers:
+            layer.register_forward_hook(self._count)
 
     def use_threads(self, threads: int) -> None:
         """See Forward."""
         torch.set_num_threads(threads)
+
+    def _count(self, *_: object) -> None:
+        self.progress += 1
 
     def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
         """See Forward."""

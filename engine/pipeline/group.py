@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from datetime import timedelta
@@ -60,6 +61,13 @@ def join_by_file(
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world, timeout=group_timeout(config)
     )
+
+
+def leave() -> None:
+    """Give up the process group: the neighbours that wait for this rank find out at once."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # connections close with the last that holds them
 
 
 def check_address(config: JupiterConfig, rank: int) -> None:

@@ -89,6 +89,7 @@ class Link:
                 target.copy_(hidden)
             works.append(dist.isend(payload[:size], to))
         self._sending[turn] = [work for work in works if work is not None]
+        self.meter.moved += 1
 
     def receive(
         self, source: int, meter: StageMeter | None = None
@@ -103,6 +104,7 @@ class Link:
         """
         header, _ = self._incoming
         dist.recv(header, source)
+        self.meter.moved += 1
         kind, count, rows, _ = header.tolist()
         with nullcontext() if meter is None else meter.during("link"):
             return Kind(kind), *self._payload(source, count, rows)

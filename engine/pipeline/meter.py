@@ -41,6 +41,9 @@ class StageMeter:
         self._lock = threading.Lock()
         self._spent: dict[Activity, float] = {"busy": 0.0, "wait": 0.0, "link": 0.0, "idle": 0.0}
         self._activity: Activity = "busy"
+        self._text = False
+        self.moved = 0
+        """Messages sent and received, and steps judged."""
         self._since = clock()
         self.steps = 0
         """Micro-batches computed."""
@@ -64,6 +67,20 @@ class StageMeter:
             yield
         finally:
             self._switch(before)
+
+    @contextmanager
+    def at_text(self) -> Iterator[None]:
+        """The block works on a text of any length: that it takes long is no hang."""
+        self._text = True
+        try:
+            yield
+        finally:
+            self._text = False
+
+    @property
+    def doing(self) -> Activity | Literal["text"]:
+        """The activity of this moment."""
+        return "text" if self._text else self._activity
 
     def _switch(self, activity: Activity) -> Activity:
         with self._lock:
@@ -104,6 +121,7 @@ class StageMeter:
 
     def count_judging(self, *, decode: bool, seconds: float) -> None:
         """The judging of the micro-batch counted last took `seconds`."""
+        self.moved += 1
         self._add(decode=decode, seconds=seconds)
         if decode:
             self.decode_judge_s += seconds

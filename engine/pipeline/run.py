@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
 from engine.checkpoint.tokenizer import ensure_tokenizer
-from engine.decoding.tuner import TreeTuner
+from engine.decoding.tuner import Drafting, TreeTuner
 from engine.errors import StageLostError
 from engine.pipeline.build import Plan
 from engine.pipeline.group import tick_seconds
@@ -23,6 +25,24 @@ from engine.pipeline.telemetry import TelemetrySender
 from engine.protocol import EngineReady, Event
 from engine.text import TextCodec
 
+# Seconds to wait for the receiving thread; it may be in a receive that goes on.
+RESULTS_END_S = 0.5
+
+
+@dataclass
+class Kept:
+    """What rank 0 knows whatever group it is in."""
+
+    codec: TextCodec
+    drafting: Drafting
+    rehearsed: bool = False
+    """The drafting knows what its trees cost."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> Kept:
+        """As it is at a start."""
+        return cls(load_codec(plan), plan.drafting())
+
 
 def run_rank(
     plan: Plan,
@@ -31,9 +51,11 @@ def run_rank(
     *,
     inbox: queue.SimpleQueue[Any],
     emit: Callable[[Event], None],
+    kept: Kept | None = None,
 ) -> None:
     """Serve as `rank` until told to stop; the process group, if any, is joined already.
 
+    `kept` is what rank 0 had in a group before; made anew without it.
     `inbox` brings commands to rank 0; `emit` takes events of every rank.
     Raises StageLostError when a neighbour is gone.
     """
@@ -48,13 +70,14 @@ def run_rank(
         )
     try:
         if link is not None and rank > 0:
-            _run_other(plan, stage, link, rank, emit)
-        else:
-            _run_first(plan, stage, link, inbox, emit)
+            return _run_other(plan, stage, link, rank, emit)
+        return _run_first(plan, stage, link, kept or Kept.of(plan), inbox, emit)
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        raise StageLostError(f"rank {rank} lost a neighbour: {_first_line(error)}") from error
+        problem = _first_line(error)
+    # Outside of the handler: the error's frames hold on to the link, which has to close.
+    raise StageLostError(f"rank {rank} lost a neighbour: {problem}")
 
 
 def _run_other(
@@ -70,23 +93,18 @@ def _run_first(
     plan: Plan,
     stage: Stage,
     link: Link | None,
+    kept: Kept,
     inbox: queue.SimpleQueue[Any],
     emit: Callable[[Event], None],
 ) -> None:
-    codec = load_codec(plan)
+    codec, drafting = kept.codec, kept.drafting
     last = plan.config.world_size - 1
-    drafting = plan.drafting()
-    if isinstance(drafting, TreeTuner):
+    if isinstance(drafting, TreeTuner) and not kept.rehearsed:
         context, largest = plan.context_length, drafting.largest().size
         costs = rehearse(stage, link, last, context_length=context, largest=largest)
         drafting.begin(*costs)
-    if link is not None:
-        link.send(1, Kind.BEGIN)
-        link.receive(last)
-        threading.Thread(
-            target=_receive_results, args=(link, last, inbox), name="jupiter-results", daemon=True
-        ).start()
-    with _measured(plan, stage, link, 0, emit):
+        kept.rehearsed = True
+    with _results_of(link, last, inbox), _measured(plan, stage, link, 0, emit):
         scheduler = Scheduler(
             stage,
             link,
@@ -102,6 +120,25 @@ def _run_first(
         if (news := drafting.news()) is not None:
             emit(news)
         scheduler.run()
+
+
+@contextmanager
+def _results_of(link: Link | None, last: int, inbox: queue.SimpleQueue[Any]) -> Iterator[None]:
+    """Begin to put what rank `last` sends into the inbox, in a thread."""
+    if link is None:
+        yield
+        return
+    link.send(1, Kind.BEGIN)
+    link.receive(last)
+    thread = threading.Thread(
+        target=_receive_results, args=(link, last, inbox), name="jupiter-results", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        # The others notice that this rank is gone when the last that holds the connections ends.
+        thread.join(RESULTS_END_S)
 
 
 def _measured(
@@ -144,9 +181,9 @@ def _receive_results(link: Link, last: int, inbox: queue.SimpleQueue[Any]) -> No
         try:
             kind, numbers, _ = link.receive(last)
         except RuntimeError as error:
-            inbox.put(LinkDown(_first_line(error)))
+            inbox.put(LinkDown(link, _first_line(error)))
             return
-        inbox.put(Arrived(kind, numbers))
+        inbox.put(Arrived(link, kind, numbers))
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

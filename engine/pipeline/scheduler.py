@@ -33,6 +33,7 @@ from engine.protocol import (
     Event,
     Failed,
     Generate,
+    Regroup,
     Shutdown,
     StepTrace,
     Tokens,
@@ -49,6 +50,7 @@ REST_S = 0.05
 class Arrived:
     """A message from the last stage, put into the inbox by the receiving thread."""
 
+    link: Link
     kind: Kind
     numbers: list[int]
 
@@ -57,6 +59,7 @@ class Arrived:
 class LinkDown:
     """The receiving thread's last words."""
 
+    link: Link
     error: str
 
 
@@ -122,7 +125,7 @@ class Scheduler:
         with suppress(queue.Empty):
             while (left := deadline - time.monotonic()) > 0:
                 match self.inbox.get(timeout=left):
-                    case Arrived(Kind.STOP) | LinkDown():
+                    case Arrived(kind=Kind.STOP) | LinkDown():
                         return
 
     # --- what comes in ---------------------------------------------------------------------
@@ -154,11 +157,13 @@ class Scheduler:
 
     def _handle(self, item: Any) -> None:
         match item:
-            case Arrived(Kind.RESULTS, numbers):
+            case Arrived(link=link) | LinkDown(link=link) if link is not self.link:
+                pass  # of a process group that this rank has left
+            case Arrived(kind=Kind.RESULTS, numbers=numbers):
                 self._land(self.flights.popleft(), decode_results(numbers))
-            case Arrived(Kind.TICK):
+            case Arrived(kind=Kind.TICK):
                 self.tick_out = False
-            case LinkDown(error):
+            case LinkDown(error=error):
                 raise StageLostError(f"rank 0 lost a neighbour: {error}")
             case Generate() | Cancel() if self.outlines.takes(item):
                 pass
@@ -168,6 +173,9 @@ class Scheduler:
                 self._cancel(request_id)
             case Shutdown():
                 self.stopping = True
+            case Regroup():
+                self.inbox.put(item)  # whoever takes over from here needs it
+                raise StageLostError("another stage was lost")
 
     def _cancel(self, request_id: str) -> None:
         for sequence in self.running:
@@ -184,7 +192,8 @@ class Scheduler:
         while self.waiting and self.slots.any_free():
             request, arrived = self.waiting.pop()
             try:
-                sequence = self._start(request, arrived)
+                with self.stage.meter.at_text():
+                    sequence = self._start(request, arrived)
             except PromptError as error:
                 code = error.code
                 self.emit(Failed(request_id=request.request_id, message=str(error), code=code))

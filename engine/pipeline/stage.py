@@ -60,6 +60,8 @@ class Stage:
         self.meter = StageMeter()
         self.neighbours = neighbours
         self._threads = self._all_threads = self.forward.threads
+        self.patience_s = 0.0
+        """A layer that takes longer hangs; see StageTelemetry."""
 
     def share(self, crowd: int) -> None:
         """Use as many threads as leave cores for the others while `crowd` stages are at work."""

@@ -70,4 +70,7 @@ class TelemetrySender:
             decode_judge_s=meter.decode_judge_s,
             prefill_rows=meter.prefill_rows,
             prefill_busy_s=meter.prefill_busy_s,
+            doing=meter.doing,
+            progress=meter.moved + stage.forward.progress,
+            patience_s=stage.patience_s,
         )

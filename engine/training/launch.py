@@ -140,7 +140,7 @@ def _environment(run_dir: RunDir, errors: Path, local: int, nodes: int) -> dict[
     }
     if nodes == 1:
         values |= {
-            STORE_VARIABLE: str(run_dir.store),
+            STORE_VARIABLE: str(run_dir.store(0)),
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
             "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", LOOPBACK),
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from engine.checkpoint.heads import write_heads
 from engine.client import Update
 from engine.config import JupiterConfig, load_config, parse_config
+from engine.continuity import AnswerStream
 from engine.errors import EngineError
 from engine.protocol import (
     EventEnvelope,
@@ -32,7 +33,6 @@ from engine.protocol import (
 from tests.e2e.terminal import CTRL_Q, ENTER, JUPITER_TUI, ROOT, Terminal
 from tests.e2e.test_chat import answer_tokens
 from tests.tiny import tiny_folder
-from tui.continuity import AnswerStream
 from tui.conversation import Node
 from tui.messages import EngineChanged
 from tui.session import EngineSession

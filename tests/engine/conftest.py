@@ -40,13 +40,14 @@ def run_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 class FakeEngine:
     """A client of fake workers, and what it told its listener."""
 
-    def __init__(self, world: int, silence_s: float) -> None:
+    def __init__(self, world: int, silence_s: float, attempts: int) -> None:
         self.updates: list[Update] = []
         self.client = EngineClient(
             config_of(world),
             listener=self._note,
             silence_s=silence_s,
             command=fake_agent_command,
+            attempts=attempts,
         )
         self._noted = asyncio.Event()
 
@@ -66,8 +67,9 @@ class FakeEngine:
 
     def pids(self) -> list[int]:
         """torchrun's stand-in and all below it."""
-        launch = self.client._launch
-        assert launch is not None and launch.process is not None
+        assert self.client._crew is not None
+        launch = self.client._crew.launch
+        assert launch.process is not None
         return tree_of(launch.process.pid)
 
 
@@ -112,8 +114,8 @@ async def fake_engine(
     monkeypatch.setattr("engine.client.prepare_model", no_model)
     made: list[FakeEngine] = []
 
-    def make(world: int = 2, silence_s: float = 30.0) -> FakeEngine:
-        made.append(FakeEngine(world, silence_s))
+    def make(world: int = 2, silence_s: float = 30.0, attempts: int = 0) -> FakeEngine:
+        made.append(FakeEngine(world, silence_s, attempts))
         return made[-1]
 
     yield make

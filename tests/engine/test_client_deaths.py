@@ -74,7 +74,7 @@ async def test_a_worker_that_leaves_unasked_with_code_0_ends_the_engine(
     fake_engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # torchrun sees nothing wrong in it and will never say a word.
-    monkeypatch.setattr("engine.client.VERDICT_S", 0.3)
+    monkeypatch.setattr("engine.client.DEATH_VERDICT_S", 0.3)
     error = await death_of(fake_engine(), "rank1 exit 0")
     assert "rank 1" in str(error) and "ended" in str(error)
 

@@ -199,7 +199,8 @@ def test_workers_are_told_what_they_need(launch: Launch, tmp_path: Path) -> None
         "commands": launch.run_dir.commands,
         "client_pid": os.getpid(),
         "model_folder": str(tmp_path),
-        "store": str(launch.run_dir.path / "store"),
+        "log_dir": str(launch.log_dir),
+        "store": str(launch.run_dir.path / "store-5"),
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from msgspec.structs import replace
 
 from engine.figures import joined
@@ -26,6 +28,12 @@ class AnswerStream(RequestStream):
         self._tokens = list(request.answered)
         self._parts: list[Metrics] = []
         self._unshown: list[Tokens] = []
+        self._asked = time.monotonic()
+        self._first_token_s: float | None = None
+        self._counts: list[int] = []
+        """Tokens of each step of the present part."""
+        self._fresh = not request.answered
+        """The present part began with the answer."""
 
     @property
     def answered(self) -> tuple[int, ...]:
@@ -41,10 +49,12 @@ class AnswerStream(RequestStream):
         """The request that makes another engine go on after the last token; ends the hold."""
         self.held = False
         self._unshown.clear()
+        self._fresh = not self._tokens
         known = self._started.transcript if self._started is not None else None
         return replace(
             self.request,
             transcript=known or self.request.transcript,
+            transcript_wanted=True,
             answered=self.answered,
             answered_steps=self.request.answered_steps + sum(p.decode_steps for p in self._parts),
         )
@@ -55,8 +65,12 @@ class AnswerStream(RequestStream):
             case Started():
                 if self._started is None:
                     self._started = event
-                    self.put(event)
+                    self.put(self._wanted(event))
             case Tokens():
+                if event.token_ids:
+                    self._counts.append(len(event.token_ids))
+                    if self._first_token_s is None:
+                        self._first_token_s = time.monotonic() - self._asked
                 self._tokens += event.token_ids
                 if self.held and not event.token_ids:
                     # Held back because it may become a stop string: the next engine sends it.
@@ -69,10 +83,24 @@ class AnswerStream(RequestStream):
                     self._end(event)
                 else:
                     self._parts.append(event.metrics)
+                    self._counts = []
             case Finished():
                 self._end(event)
             case Failed():
                 self.put(event)
+
+    def lost(self) -> None:
+        """The present engine has gone without an end of its part, and its figures with it."""
+        # The first token of an answer comes of its prompt, not of a decode step.
+        steps = self._counts[1:] if self._fresh else self._counts
+        self._parts.append(
+            Metrics(
+                ttft_s=self._first_token_s,
+                decode_steps=len(steps),
+                mean_accepted_len=sum(steps) / len(steps) if steps else None,
+            )
+        )
+        self._counts = []
 
     def end_cancelled(self) -> None:
         """End the answer as it is; for one that is held and has no engine."""
@@ -102,4 +130,8 @@ class AnswerStream(RequestStream):
                 cached_tokens=self._started.cached_tokens,
                 metrics=joined([*self._parts, done.metrics]),
             )
-        self.put(done)
+        self.put(self._wanted(done))
+
+    def _wanted(self, event: Started | Finished) -> Started | Finished:
+        """Without the transcript where only the client has use for it."""
+        return event if self.request.transcript_wanted else replace(event, transcript=None)

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -64,6 +65,8 @@ class FakeWorker:
             while len(list(Path(self.run_dir).glob("ready*"))) < self.world:
                 time.sleep(0.01)
             self.endpoint.send(ready(self.world))
+        if pause := os.environ.get("FAKE_TELEMETRY"):
+            threading.Thread(target=self.tell, args=(float(pause),), daemon=True).start()
         while True:
             match self.endpoint.inbox.get():
                 case Generate(request_id=request_id, prompt=prompt, messages=messages):
@@ -149,6 +152,11 @@ class FakeWorker:
             self.send(Notice(f"notice {number}"))
             self.send(Tokens(request_id=request_id, token_ids=(number,), text="x"))
         self.finish(request_id, "length", int(count))
+
+    def tell(self, pause: float) -> None:
+        while True:
+            self.send(a_telemetry())
+            time.sleep(pause)
 
     # --- helpers ---------------------------------------------------------------------------------
 

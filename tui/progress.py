@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from engine.client import Fetching, Update
+from engine.client import ClientState, Fetching, StateChanged, Update
 from engine.protocol import EventEnvelope, Notice, StageState
 from tui.batch_input import BatchRequest
 from tui.text import harmless
@@ -73,6 +73,8 @@ class Reporter:
         """Take an update of the engine client; a notice is passed on."""
         if isinstance(update, EventEnvelope) and isinstance(update.body, Notice):
             self.warn(update.body.message)
+        elif isinstance(update, StateChanged) and update.state is ClientState.RECOVERING:
+            self.warn(update.reason)
 
     def start(self, tally: Tally) -> None:
         """The engine is ready and the first line is about to be asked."""

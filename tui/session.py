@@ -149,6 +149,8 @@ class EngineSession:
             return  # nobody has asked that
         if isinstance(update, StateChanged) and update.state is ClientState.DEAD:
             self._dead = update.reason or "the engine died"
+        if isinstance(update, StateChanged) and update.state is ClientState.RECOVERING:
+            self._post(EngineNotice(update.reason.partition("\n")[0]))
         for listener in tuple(self._listeners):
             listener(update)
         if isinstance(update, EventEnvelope) and isinstance(body, Notice):

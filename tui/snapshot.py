@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from engine.client import Update
 
-Phase = Literal["starting", "ready", "applying", "stopping", "failed"]
+Phase = Literal["starting", "ready", "recovering", "applying", "stopping", "failed"]
 """While one config is being replaced by another the phase is "applying"."""
 
 
@@ -104,6 +104,8 @@ def fold(snapshot: Snapshot, update: Update, now: float) -> Snapshot:
             return replace(snapshot, detail=message)
         case StateChanged(state=ClientState.DEAD, reason=reason) if not applying:
             return snapshot.failed(reason)
+        case StateChanged(state=ClientState.RECOVERING, reason=reason) if not applying:
+            return replace(snapshot, phase="recovering", detail=reason)
         case EventEnvelope(rank=rank, body=StageState() as state):
             return replace(snapshot, stages={**snapshot.stages, rank: state})
         case EventEnvelope(body=EngineReady() as ready):

@@ -238,8 +238,8 @@ class TelemetryStore:
         match update:
             case StateChanged(state=state, reason=reason):
                 self._state, self._reason = state, reason
-                if state is ClientState.DEAD:
-                    self._running.clear()
+                if state in (ClientState.DEAD, ClientState.RECOVERING):
+                    self._running.clear()  # those of a recovering engine start once more
             case EventEnvelope() if update.rank >= 0:
                 self._take(update, now)
         self._rates.advance(now, self._alive)
@@ -286,11 +286,14 @@ class TelemetryStore:
 
     def _begin(self, epoch: int) -> None:
         """A new launch: what the last one told is void, but for the histories of answers."""
-        if self._state is not ClientState.RESPAWNING:
-            self._state = ClientState.STARTING
-        self._epoch, self._ready, self._tree, self._reason = epoch, None, None, ""
+        self._epoch = epoch
         self._stages.clear()
         self.timeline = Timeline()
+        if self._state is ClientState.RECOVERING:
+            return  # the same engine, only that its stages meet anew
+        if self._state is not ClientState.RESPAWNING:
+            self._state = ClientState.STARTING
+        self._ready, self._tree, self._reason = None, None, ""
         self._running.clear()
         self._finished = self._tokens = 0
 

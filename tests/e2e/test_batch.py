@@ -233,23 +233,20 @@ def test_a_signal_while_it_starts_ends_it_and_makes_no_output(batch: Batch) -> N
     assert not (batch.folder / "out.jsonl").exists()
 
 
-def test_a_stage_that_dies_ends_it_with_exit_code_3_and_it_can_be_resumed(batch: Batch) -> None:
+def test_stages_that_die_are_replaced_and_every_line_is_answered(batch: Batch) -> None:
     run = batch.start("-o", "out.jsonl", "--max-num-seqs", "2")
     run.until("start")
     engine = run.engine()
     run.until("line", times=2)
+    # Its keeper with it: torchrun ends all then, and is started anew.
     for process in map(psutil.Process, [handle.pid for handle in engine]):
         if "engine.worker" in process.cmdline() and process.environ().get("RANK") == "1":
             process.kill()
-    assert run.until_end() == 3
+    assert run.until_end() == 0
     assert_gone(engine)
-    said = "\n".join(event["message"] for event in run.events if event["event"] == "error")
+    said = "\n".join(event["message"] for event in run.events if event["event"] == "warning")
     assert "rank 1" in said
     assert "SIGKILL" in said
-    done = len(batch.records("out.jsonl"))
-    assert 2 <= done < LINES
-    again = batch.finish("-o", "out.jsonl", "--resume")
-    assert again.process.returncode == 0
     assert len(batch.answers("out.jsonl")) == LINES
 
 

@@ -85,7 +85,8 @@ def stage() -> Any:
         device=CPU,
         meter=StageMeter(),
         store=KVStore(2, 1, 16, 4, dtype=torch.float32, device=CPU),
-        forward=SimpleNamespace(packed_bytes=0),
+        forward=SimpleNamespace(packed_bytes=0, progress=0),
+        patience_s=2.0,
     )
 
 

@@ -96,6 +96,8 @@ class TitleBar(Widget):
         match snapshot.phase if snapshot is not None else "starting":
             case "starting":
                 return "starting", "$text-warning"
+            case "recovering":
+                return "recovering", "$text-warning"
             case "applying":
                 return "applying", "$text-warning"
             case "stopping":

@@ -128,7 +128,7 @@ def validate(args: TrainArguments, world_size: int) -> None:
     _check_sizes(args, world_size)
     _check_schedule(args)
     _check_medusa(args)
-    make_names(args.model_name, args.model_author)
+    _check_data(args)
     if args.val_dataset and "split_dataset_ratio" in args.given and args.split_dataset_ratio:
         raise ConfigError(
             "--split_dataset_ratio: rows for evaluation are in --val_dataset; give one"
@@ -170,6 +170,23 @@ def _check_schedule(args: TrainArguments) -> None:
             f"--lr_warmup_iters {args.lr_warmup_iters}: is more than the {last} steps in which "
             "the rate reaches its lowest"
         )
+
+
+def _check_data(args: TrainArguments) -> None:
+    make_names(args.model_name, args.model_author)
+    if args.lazy_tokenize and args.packing:
+        raise ConfigError("--lazy_tokenize: packing has to know how long the rows are; give one")
+    if not args.streaming:
+        return
+    if args.train_iters is None:
+        raise ConfigError("--streaming: give --train_iters; a stream does not know its length")
+    if args.split_dataset_ratio and "split_dataset_ratio" in args.given:
+        raise ConfigError(
+            "--split_dataset_ratio: nothing can be drawn from a stream; give --val_dataset"
+        )
+    for name in ("cache_hidden_states", "truncated_vocab_size"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name}: has to see all rows before the run; not with streaming")
 
 
 def _check_medusa(args: TrainArguments) -> None:
@@ -216,6 +233,10 @@ def _without_effect(args: TrainArguments, name: str) -> str | None:
             return "with medusa1 the base stays as it is; the heads learn at medusa_lr"
         if name == "medusa_warmup_iters":
             return "with medusa1 the heads always learn alone"
+    if args.streaming and name in ("lazy_tokenize", "dataset_num_proc"):
+        return "a stream is tokenized as it is read"
+    if args.lazy_tokenize and name == "dataset_num_proc":
+        return "each row is tokenized when it is its turn"
     if name == "medusa_inner_size" and args.medusa_head_kind != "root":
         return "medusa_head_kind is resblock"
     if name.startswith("adam_") and args.optimizer != "adam":

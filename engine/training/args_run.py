@@ -120,10 +120,12 @@ class Run:
     packing: bool = arg(False, "a sequence of a batch is as many rows as fit `max_length` together")
     add_version: bool = arg(True, "make a folder `v{N}-{YYYYMMDD-HHMMSS}` under `save`")
     streaming: bool = arg(
-        False, "read data while training", only=[False], because=f"streaming {LATER}"
+        False,
+        "read `dataset` while training, 1000 rows at a time; of `path#N` the first N rows; needs "
+        "`train_iters`, and `val_dataset` for evaluation",
     )
     lazy_tokenize: bool = arg(
-        False, "tokenize while training", only=[False], because=f"lazy tokenizing {LATER}"
+        False, "tokenize each row when it is its turn; keeps nothing on the disk"
     )
     dataset_num_proc: PositiveInt | None = arg(
         None,

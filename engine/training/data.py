@@ -9,40 +9,57 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+from typing import Literal, overload
 
 from engine.text import TextCodec
 from engine.training.args import TrainArguments
 from engine.training.packing import pack
+from engine.training.reading import LazySamples, RowStream
 from engine.training.row_files import DataError
 from engine.training.rows import Row, Split, read_questions, read_split
 from engine.training.self_cognition import fill_all, make_names
 from engine.training.template import Form, Sample
 from engine.training.tokenizing import StoredSamples, stored
 
-__all__ = ["DataError", "Sample", "load_samples", "micro_batches", "sequences"]
+__all__ = ["DataError", "Sample", "count_sequences", "load_samples", "micro_batches", "sequences"]
 
 Tell = Callable[[str], None]
+Samples = Sequence[Sample] | RowStream
 
 
+@overload
+def load_samples(
+    args: TrainArguments, codec: TextCodec, split: Literal["eval"], *, note: Tell = ...
+) -> Sequence[Sample]: ...
+@overload
+def load_samples(
+    args: TrainArguments, codec: TextCodec, split: Split, *, note: Tell = ...
+) -> Samples: ...
 def load_samples(
     args: TrainArguments,
     codec: TextCodec,
     split: Split,
     *,
     note: Tell = lambda text: None,
-) -> Sequence[Sample]:
+) -> Samples:
     """The tokenized rows for training or for evaluation; the latter may be none.
+
+    With `streaming` the rows for training are a RowStream, with `lazy_tokenize` LazySamples.
 
     Args:
         args: `dataset`, `val_dataset`, `split_dataset_ratio`, `batch_input`, `seed`, `system`,
-            `max_length`, `dataset_num_proc`, `model_name`, `model_author`.
+            `max_length`, `dataset_num_proc`, `model_name`, `model_author`, `lazy_tokenize`,
+            `streaming`, `packing`, `dataloader_type`.
         note: told, for people, how many rows were cut or dropped.
 
     Raises:
         DataError: a file or row that cannot be used, by file and line, or nothing to learn.
     """
+    if args.streaming and split == "train":
+        return _stream(args, codec)
     rows = _read(args, split, note)
+    if args.lazy_tokenize and split == "train":
+        return LazySamples(rows, codec, form_of(args))
     samples = stored(rows, codec, form_of(args), processes=args.dataset_num_proc, note=note)
     if split == "train" and not samples:
         raise DataError(f"{' '.join(args.dataset)}: holds nothing to learn")
@@ -54,9 +71,24 @@ def form_of(args: TrainArguments) -> Form:
     return Form(args.system, args.max_length)
 
 
+def _stream(args: TrainArguments, codec: TextCodec) -> RowStream:
+    return RowStream(
+        args.dataset,
+        codec,
+        form_of(args),
+        seed=args.seed,
+        shuffled=args.dataloader_type == "cyclic",
+        room=(args.max_length or args.seq_length) if args.packing else None,
+        questions=read_questions(args.batch_input) if args.batch_input else None,
+        fill=make_names(args.model_name, args.model_author).fill,
+    )
+
+
 def _read(args: TrainArguments, split: Split, note: Tell) -> list[Row]:
     questions = read_questions(args.batch_input) if args.batch_input else None
     has_own = bool(args.val_dataset)
+    if args.streaming and not has_own:
+        return []
     rows = read_split(
         args.val_dataset if split == "eval" and has_own else args.dataset,
         seed=args.seed,
@@ -100,8 +132,13 @@ def sequences(samples: Sequence[Sample], args: TrainArguments) -> Units:
     return Units(samples, pack(lengths, room, args.seed))
 
 
+def count_sequences(samples: Samples, args: TrainArguments) -> int | None:
+    """How many sequences an epoch has; None for a stream, which does not know."""
+    return None if isinstance(samples, RowStream) else len(sequences(samples, args))
+
+
 def micro_batches(
-    samples: Sequence[Sample],
+    samples: Samples,
     *,
     args: TrainArguments,
     dp_rank: int,
@@ -118,15 +155,22 @@ def micro_batches(
         consumed_samples: sequences that all ranks together have taken before.
         in_order: without shuffling, whatever `dataloader_type` says (for evaluation).
     """
-    units = sequences(samples, args)
-    shuffled = args.dataloader_type == "cyclic" and not in_order
-    order = _Order(len(units), args.seed, shuffled=shuffled)
+    if isinstance(samples, RowStream):
+        unit = samples.__getitem__
+    else:
+        units = sequences(samples, args)
+        shuffled = args.dataloader_type == "cyclic" and not in_order
+        order = _Order(len(units), args.seed, shuffled=shuffled)
+
+        def unit(place: int) -> list[Sample]:
+            return units[order[place]]
+
     size, together = args.micro_batch_size, args.micro_batch_size * dp_size
     start = consumed_samples
     while True:
         for first in range(start, start + args.global_batch_size, together):
             mine = first + dp_rank * size
-            yield [sample for at in range(mine, mine + size) for sample in units[order[at]]]
+            yield [sample for at in range(mine, mine + size) for sample in unit(at)]
         start += args.global_batch_size
 
 

@@ -28,6 +28,7 @@ from engine.training.batch import make_rows, needed_rows
 from engine.training.checkpoint import sync
 from engine.training.mesh import Mesh
 from engine.training.pipeline import Pipeline
+from engine.training.reading import LazySamples, RowStream
 from engine.training.template import Sample
 from engine.training.tokenizing import StoredSamples
 
@@ -165,9 +166,9 @@ def cache_folder(
     return root / f"{model.name}-{digest.hexdigest()[:16]}"
 
 
-def data_digest(samples: Sequence[Sample]) -> str:
+def data_digest(samples: Sequence[Sample] | RowStream) -> str:
     """A name for these samples: other tokens, targets or order, another name."""
-    if isinstance(samples, StoredSamples):
+    if isinstance(samples, StoredSamples | LazySamples | RowStream):
         return samples.digest[:16]
     digest = hashlib.sha256()
     for sample in samples:

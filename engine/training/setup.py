@@ -18,13 +18,14 @@ from engine.text import TextCodec
 from engine.training.args import TrainArguments, model_source, validate
 from engine.training.args_resolve import with_model
 from engine.training.checkpoint import Facts, Loader, check_fits, find
-from engine.training.data import load_samples, sequences
+from engine.training.data import Samples, count_sequences, load_samples
 from engine.training.hidden_cache import HiddenCache, cache_folder, data_digest
 from engine.training.mesh import Mesh, choose_device, join, make_mesh, world_size
 from engine.training.objectives import Objective
 from engine.training.optimizer import Optimizer, OptimizerOptions, Role
 from engine.training.parallelize import Part, parallelize
 from engine.training.pipeline import Pipeline
+from engine.training.reading import RowStream
 from engine.training.schedule import Schedule
 from engine.training.template import Sample
 from engine.training.vocabulary import Vocabulary, most_frequent
@@ -40,7 +41,7 @@ class Inputs:
     """With what the model says filled in."""
     config: ModelConfig
     folder: Path
-    samples: Sequence[Sample]
+    samples: Samples
     held_out: Sequence[Sample]
     """Rows for evaluation."""
     loader: Loader | None
@@ -186,8 +187,8 @@ def open_checkpoint(args: TrainArguments, tell: Tell) -> Loader | None:
         return None
 
 
-def _steps(args: TrainArguments, samples: Sequence[Sample], loader: Loader | None) -> int:
-    total = args.iterations(len(sequences(samples, args)))
+def _steps(args: TrainArguments, samples: Samples, loader: Loader | None) -> int:
+    total = args.iterations(count_sequences(samples, args) or 0)  # a stream needs train_iters
     if loader is not None and not args.finetune and loader.facts.iteration >= total:
         raise ConfigError(
             f"--train_iters {total}: the checkpoint {loader.folder} is at step "
@@ -199,12 +200,12 @@ def _steps(args: TrainArguments, samples: Sequence[Sample], loader: Loader | Non
 def _vocabulary(
     args: TrainArguments,
     config: ModelConfig,
-    samples: Sequence[Sample],
+    samples: Samples,
     loader: Loader | None,
     device: torch.device,
 ) -> Vocabulary | None:
     """The heads' vocabulary: that of the checkpoint, whose heads go by it, or the data's."""
-    if args.truncated_vocab_size is None:
+    if args.truncated_vocab_size is None or isinstance(samples, RowStream):
         return None
     ids = None if loader is None else loader.vocabulary()
     if ids is None or len(ids) != args.truncated_vocab_size:
@@ -305,9 +306,9 @@ def make_schedules(args: TrainArguments, total: int) -> dict[Role, Schedule]:
     }
 
 
-def _cache(inputs: Inputs, samples: Sequence[Sample], objective: Objective) -> HiddenCache | None:
+def _cache(inputs: Inputs, samples: Samples, objective: Objective) -> HiddenCache | None:
     setting = inputs.args.cache_hidden_states
-    if setting is None or not samples:
+    if setting is None or isinstance(samples, RowStream) or not samples:
         return None
     place = cache_folder(setting, inputs.folder, samples, objective.distances)
     return HiddenCache(place, samples, objective.distances, inputs.config.hidden_size)

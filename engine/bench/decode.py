@@ -7,19 +7,17 @@ and without heads, transformers' `generate` in two dtypes and with prompt lookup
 from __future__ import annotations
 
 import argparse
-import asyncio
 import importlib.util
 import json
 import math
-import signal
-import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import psutil
 
+from engine.bench.command import positive, run_to_end, say
 from engine.bench.contest import Contest
 from engine.bench.figures import (
     BFLOAT16,
@@ -67,12 +65,12 @@ def main(words: Sequence[str]) -> int:
     folder = model_folder(config)
     bench = _Bench(args, config, folder)
     questions = [bench.question(chat) for chat in chats]
-    contest = Contest(bench.players, bench.question(WARM_UP), args.max_new_tokens, _say)
+    contest = Contest(bench.players, bench.question(WARM_UP), args.max_new_tokens, say)
     contest.missing.update(bench.missing)
     together = _fits(ModelConfig.from_folder(folder))
     if not together:
-        _say("not enough memory for all engines at a time: they come one after the other")
-    if code := _run(contest.run(questions, side_by_side=together)):
+        say("not enough memory for all engines at a time: they come one after the other")
+    if code := run_to_end(contest.run(questions, side_by_side=together)):
         return code
     packages = ("torch", "transformers", "llama-cpp-python")
     told = {
@@ -94,20 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--file", metavar="F", help=f"prompts, JSON lines; else {FILE_VARIABLE}, else our own"
     )
-    parser.add_argument("--prompts", type=_positive, metavar="N", help="so many of them, evenly")
-    parser.add_argument("--max_new_tokens", type=_positive, default=128, metavar="N")
-    parser.add_argument("--threads", type=_positive, default=2, metavar="N", help="of each engine")
+    parser.add_argument("--prompts", type=positive, metavar="N", help="so many of them, evenly")
+    parser.add_argument("--max_new_tokens", type=positive, default=128, metavar="N")
+    parser.add_argument("--threads", type=positive, default=2, metavar="N", help="of each engine")
     parser.add_argument(
         "--only", choices=FAMILIES, action="append", help="leave the others out; repeatable"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 class _Bench:
@@ -121,7 +112,7 @@ class _Bench:
         )
         self._folder, self._threads = folder, str(args.threads)
         self._model = ModelConfig.from_folder(folder)
-        self._codec = TextCodec(folder, ensure_tokenizer(folder, _say), self._model.eos_token_id)
+        self._codec = TextCodec(folder, ensure_tokenizer(folder, say), self._model.eos_token_id)
         families = args.only or FAMILIES
         self.missing.update(dict.fromkeys(PLAYERS, "left out by --only"))
         if "jupiter" in families:
@@ -176,7 +167,7 @@ class _Bench:
         kinds: dict[str, Kind] = {F16: "F16", Q4_1: "Q4_1"}
         for name, kind in kinds.items():
             try:
-                file = gguf_file(self._config.base_model_name_or_path, self._folder, kind, _say)
+                file = gguf_file(self._config.base_model_name_or_path, self._folder, kind, say)
             except CheckpointError as error:
                 self.missing[name] = str(error)
                 continue
@@ -200,29 +191,6 @@ def _fits(model: ModelConfig) -> bool:
     weights = layer * model.num_hidden_layers + table * (1 if model.tie_word_embeddings else 2)
     needed = weights * BYTES_PER_WEIGHT + PROCESSES * PROCESS_BYTES
     return needed < 0.9 * int(psutil.virtual_memory().available)
-
-
-def _run(work: Coroutine[Any, Any, None]) -> int:
-    """Run to the end or until a signal, and let `work` clean up; returns the exit code."""
-    caught: list[int] = []
-
-    async def guarded() -> None:
-        task = asyncio.ensure_future(work)
-        loop = asyncio.get_running_loop()
-
-        def end(number: int) -> None:
-            caught.append(number)
-            task.cancel()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, end, int(number))
-        await task
-
-    try:
-        asyncio.run(guarded())
-    except asyncio.CancelledError:
-        return 128 + caught[0]
-    return ExitCode.OK
 
 
 def _report(told: dict[str, Any], contest: Contest) -> None:
@@ -261,7 +229,3 @@ def _report(told: dict[str, Any], contest: Contest) -> None:
 def same_tokens(runs: Sequence[Run], plain: Sequence[Run]) -> int:
     """On how many prompts two engines wrote the very same tokens."""
     return sum(a.tokens == b.tokens for a, b in zip(runs, plain, strict=True))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
 """The other engines, each in a process of its own: `python -m engine.bench.peer KIND WORDS`.
 
-`transformers FOLDER THREADS DEVICE` or `llamacpp FILE THREADS DEVICE CONTEXT`. It loads its models,
-says so with an empty Reply, and then answers each Ask on stdin with a Reply on stdout, a line each.
+`transformers FOLDER THREADS DEVICE`, `llamacpp FILE THREADS DEVICE CONTEXT` or `padded FOLDER
+THREADS DEVICE` (engine.bench.padded). It loads its models, says so with an empty Reply, and then
+answers each Ask on stdin with a Reply on stdout, a line each.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ LOOKUP_TOKENS = 10
 class Ask(msgspec.Struct, frozen=True):
     """What a peer process is asked for, a line of JSON."""
 
-    tokens: tuple[int, ...]
-    stop: tuple[int, ...]
+    tokens: tuple[int, ...] = ()
+    stop: tuple[int, ...] = ()
     """An answer ends behind one of these."""
-    max_tokens: int
+    max_tokens: int = 0
     mode: str = ""
     """Which of its models and ways, where it has several."""
+    batch: tuple[tuple[int, ...], ...] = ()
+    """Prompts that are to be answered together."""
+    limits: tuple[int, ...] = ()
+    """Most tokens of each of these answers."""
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -36,6 +41,8 @@ class Reply(msgspec.Struct, frozen=True):
     arrivals: tuple[float, ...] = ()
     """Seconds from the question to each step's end; see `run_of`."""
     first: int = 0
+    batch: tuple[tuple[int, ...], ...] = ()
+    """The answers to the prompts of a batch; `arrivals` is what they all took, then."""
 
 
 def transformers_peer(folder: str, threads: str, device: str) -> Callable[[Ask], Reply]:
@@ -118,9 +125,16 @@ def llamacpp_peer(file: str, threads: str, device: str, context: str) -> Callabl
     return answer
 
 
+def _padded_peer(folder: str, threads: str, device: str) -> Callable[[Ask], Reply]:
+    from engine.bench.padded import padded_peer
+
+    return padded_peer(folder, threads, device)
+
+
 PEERS: dict[str, Callable[..., Callable[[Ask], Reply]]] = {
     "transformers": transformers_peer,
     "llamacpp": llamacpp_peer,
+    "padded": _padded_peer,
 }
 
 

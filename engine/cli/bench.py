@@ -9,6 +9,7 @@ import sys
 from engine.errors import ConfigError
 
 BENCHES = {
+    "batch": "engine.bench.batch",
     "decode": "engine.bench.decode",
     "quality": "engine.bench.quality",
     "step": "engine.bench.step",

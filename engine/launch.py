@@ -186,7 +186,7 @@ def worker_environment(config: JupiterConfig) -> dict[str, str]:
     sequence in flight only one stage computes at a time, so each may use all cores.
     """
     defaults = {
-        "OMP_NUM_THREADS": str(_cores()),
+        "OMP_NUM_THREADS": str(usable_cores()),
         "OMP_WAIT_POLICY": "passive",
         "GOMP_SPINCOUNT": "0",
         "KMP_BLOCKTIME": "0",
@@ -215,7 +215,7 @@ def module_environment() -> dict[str, str]:
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": path}
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

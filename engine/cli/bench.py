@@ -11,6 +11,7 @@ from engine.errors import ConfigError
 BENCHES = {
     "batch": "engine.bench.batch",
     "decode": "engine.bench.decode",
+    "prefill": "engine.bench.prefill",
     "quality": "engine.bench.quality",
     "step": "engine.bench.step",
 }

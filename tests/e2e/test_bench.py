@@ -86,6 +86,28 @@ def test_decode_compares_engines_and_ends_with_its_ratios(
     assert shown.splitlines()[0] == line["machine"]
 
 
+def test_batch_writes_the_tokens_of_transformers_padded_batch(config: Path, tmp_path: Path) -> None:
+    words = ["--config", str(config), "--prompts", "6", "--longest", "20", "--threads", "1"]
+    only = ["--only", "float32", "--only", "transformers", "--set", "num_threads=1"]
+    shown, line = bench(tmp_path, "batch", *words, *only)
+    assert line["bench"] == "batch"
+    assert line["ratios"]["b16_vs_transformers_f32"] > 0
+    assert line["ratios"]["b16_vs_b1"] is None
+    same = line["same_tokens"]
+    assert same["float32 as transformers"] == 6 - len(same["float32, gaps where they part"])
+    assert all(gap < 1e-4 for gap in same["float32, gaps where they part"])
+    assert "b16_vs_b1: n/a" in shown
+
+
+def test_prefill_compares_chunks_with_whole_prompts(config: Path, tmp_path: Path) -> None:
+    words = ["--config", str(config), "--lengths", "80", "--worlds", "2", "--rounds", "1"]
+    shown, line = bench(tmp_path, "prefill", *words, "--threads", "1")
+    assert set(line["ratios"]) == {"w2_80", "w2_80_vs_w1"}
+    assert all(ratio > 0 for ratio in line["ratios"].values())
+    assert line["predicted"]["w2_80"] == pytest.approx(2 * 80 / (80 + 32), abs=0.01)
+    assert "| 2 stages, chunks |" in shown
+
+
 def test_decode_that_is_told_to_end_leaves_no_process(
     config: Path, prompts: Path, tmp_path: Path
 ) -> None:

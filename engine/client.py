@@ -28,6 +28,7 @@ from engine.protocol import (
     Finished,
     Generate,
     Heartbeat,
+    Measure,
     Message,
     SamplingParams,
     StageState,
@@ -88,6 +89,7 @@ class EngineClient:
         attempts: int = ATTEMPTS,
     ) -> None:
         self.config = config
+        """Of the run; a split that is to be planned is, once it is ready."""
         self.state = ClientState.STARTING
         self.log_dir = state_dir() / "logs"
         """Folder of all logs; that of the launch once there is one."""
@@ -160,7 +162,11 @@ class EngineClient:
             raise
 
     async def _start(self) -> EngineReady:
-        self._folder = await prepare_model(self.config, lambda line: self._tell(Fetching(line)))
+        self._folder = await prepare_model(self.config, self._say)
+        if self.config.auto_split:
+            from engine.planning.auto import planned  # it starts clients itself
+
+            self.config = await planned(self.config, self._folder, self._say)
         self._launch()
         return await self._wait_ready()
 
@@ -381,6 +387,11 @@ class EngineClient:
         else:
             self._open.end_cancelled(request_id)
 
+    def measure(self) -> None:
+        """Have stages and links measured once nothing runs; the listener gets a `Profiled`."""
+        if self._crew is not None:
+            self._crew.queue.publish(Measure())
+
     # --- what happens ----------------------------------------------------------------------------
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
@@ -446,6 +457,9 @@ class EngineClient:
         if state is not self.state or reason:
             self.state = state
             self._tell(StateChanged(state, reason))
+
+    def _say(self, line: str) -> None:
+        self._tell(Fetching(line))
 
     def _tell(self, update: Update) -> None:
         """A listener's error is its own: it must not stop the engine's work."""

@@ -34,6 +34,10 @@ class JupiterConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
     medusa_choices: MedusaChoices = "auto"
 
     stage_num_hidden_layers_list: Annotated[list[PositiveInt], Meta(min_length=1)]
+    num_stages: PositiveInt | None = None
+    """Where the split is "auto": the number of stages. Until it is planned, each has one layer."""
+    plan_aim: Literal["ttft", "latency", "throughput"] = "latency"
+    plan_profile: str | None = None
     init_method: Annotated[str, Meta(pattern=r"^(tcp|file|env)://")] = "tcp://127.0.0.1:23000"
     distributed_backend: Literal["gloo", "nccl"] = "gloo"
     distributed_timeout_minutes: Annotated[float, Meta(gt=0)] = 60.0
@@ -53,6 +57,8 @@ class JupiterConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
 
     num_sub_sequences: PositiveInt = 5
     max_sub_sequence_len: PositiveInt = 128
+    prefill_plan: dict[str, Annotated[list[PositiveInt], Meta(min_length=1)]] = {}
+    """Planned chunks by the length of a prompt; they go before the two keys above."""
     max_kv_cache_length: PositiveInt = 2048
     max_num_seqs: PositiveInt = 16
 
@@ -71,11 +77,18 @@ class JupiterConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
         return len(self.stage_num_hidden_layers_list)
 
     @property
+    def auto_split(self) -> bool:
+        """The split is still to be planned."""
+        return self.stage_num_hidden_layers_list == [1] * (self.num_stages or 0)
+
+    @property
     def weight_bits(self) -> Literal[8, 4] | None:
         """Bits of a quantized weight; None where the weights stay as `torch_dtype` says."""
         return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
 
 
+SPLIT, AUTO = "stage_num_hidden_layers_list", "auto"
+DEFAULT_STAGES, MAX_STAGES = 2, 1024
 # The original's one file also repeated the model's config.json; these keys are taken aside.
 # fmt: off
 MODEL_KEYS = frozenset((
@@ -120,7 +133,8 @@ def load_config(
 
     Args:
         given: the path of `--config`, or None to look it up.
-        stages: the text of `--stages`, such as "10,10,10"; sets split and world size.
+        stages: the text of `--stages`, such as "10,10,10"; sets split and world size. "auto" has
+            as many stages as the file says, "auto:3" has three.
         assignments: texts of `--set`, each `key=value`; the value is JSON or else a string.
         no_heads: run without Medusa heads, whatever the file says.
 
@@ -137,9 +151,7 @@ def load_config(
         values[key.strip()] = _json_or_text(value.strip())
         where = f"{path} with --set"
     if stages is not None:
-        if not re.fullmatch(r"\d+(,\d+)*", stages):
-            raise ConfigError(f"--stages {stages}: write layer counts such as 15,15")
-        values["stage_num_hidden_layers_list"] = [int(n) for n in stages.split(",")]
+        _lay_stages(values, stages)
     if no_heads:
         values["medusa_head_path"] = None
         values["medusa_num_heads"] = 0  # a merged model has heads of its own
@@ -148,7 +160,24 @@ def load_config(
         config,
         base_model_name_or_path=_beside(config.base_model_name_or_path, path),
         medusa_head_path=config.medusa_head_path and _beside(config.medusa_head_path, path),
+        plan_profile=config.plan_profile and _beside(config.plan_profile, path),
     )
+
+
+def _lay_stages(values: dict[str, Any], stages: str) -> None:
+    """Put what `--stages` says over a config's values."""
+    if found := re.fullmatch(r"auto(?::(\d+))?", stages):
+        before = values.get(SPLIT)
+        if found[1]:
+            values["num_stages"] = int(found[1])
+        elif isinstance(before, list):
+            values["num_stages"] = len(before)
+        values[SPLIT] = AUTO
+        return
+    if not re.fullmatch(r"\d+(,\d+)*", stages):
+        raise ConfigError(f"--stages {stages}: write layer counts such as 15,15, or auto")
+    values[SPLIT] = [int(n) for n in stages.split(",")]
+    values.pop("num_stages", None)
 
 
 def parse_config(values: Mapping[str, Any], where: str) -> JupiterConfig:
@@ -172,6 +201,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> JupiterConfig:
             plain[key] = value
     if values.get("do_sample") is False:
         plain["sampling"] = "greedy"
+    _read_auto(plain, where)
     known = JupiterConfig.__struct_fields__
     for key in plain:
         if key not in known or key == "model_keys":
@@ -182,14 +212,45 @@ def parse_config(values: Mapping[str, Any], where: str) -> JupiterConfig:
         raise ConfigError(f"{where}: {_explain(str(error), plain)}") from None
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair; no text can hold it
         raise ConfigError(f"{where}: a value holds half of a surrogate pair") from None
+    for key, sizes in config.prefill_plan.items():
+        if not key.isdecimal() or int(key) != sum(sizes):
+            raise ConfigError(
+                f"{where}: key 'prefill_plan': {json.dumps(key)} must be a length, the sum of "
+                f"its chunks {sizes}"
+            )
     if config.load_in_8bit and config.load_in_4bit:
         raise ConfigError(f"{where}: keys 'load_in_8bit' and 'load_in_4bit': only one can be true")
     return config
 
 
+def _read_auto(values: dict[str, Any], where: str) -> None:
+    """Take a split of "auto" for stages of one layer each, until it is planned."""
+    split, count = values.get(SPLIT), values.get("num_stages")
+    if split == AUTO:
+        values["num_stages"] = count = DEFAULT_STAGES if count is None else count
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        if not whole or not 0 < count <= MAX_STAGES:
+            raise ConfigError(
+                f"{where}: key 'num_stages': expected a whole number from 1 to {MAX_STAGES}, "
+                f"got {json.dumps(count)}"
+            )
+        values[SPLIT] = [1] * count
+    elif isinstance(split, list) and count is not None:
+        if count != len(split):
+            raise ConfigError(
+                f"{where}: key 'num_stages': {json.dumps(count)}, but '{SPLIT}' has "
+                f'{len(split)} entries; leave one out, or make the list "auto"'
+            )
+        del values["num_stages"]
+
+
 def config_json(config: JupiterConfig) -> str:
     """The config as JSON text that `load_config` reads back to an equal config."""
     values = msgspec.to_builtins(config)
+    if config.auto_split:
+        values[SPLIT] = AUTO
+    else:
+        del values["num_stages"]
     values.update(values.pop("model_keys"))
     return json.dumps(values, indent=2)
 

@@ -10,6 +10,8 @@ from typing import Literal
 
 import msgspec
 
+from engine.planning.profiles import Profile
+
 PROTOCOL_VERSION = 1
 TELEMETRY_INTERVAL_S = 0.5
 """Seconds between two StageTelemetry of a stage that is ready, busy or not."""
@@ -81,6 +83,13 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
+class Measure(msgspec.Struct, frozen=True, tag=True):
+    """Measure stages and links as soon as nothing runs, and send a `Profiled`.
+
+    Takes some seconds, in which requests wait; KV rows kept for later turns are lost.
+    """
+
+
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Sent about once a second: proves to a worker that it is subscribed."""
 
@@ -100,7 +109,7 @@ class Regroup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """File of the new group's FileStore."""
 
 
-Command = Generate | Cancel | Heartbeat | Shutdown | Regroup
+Command = Generate | Cancel | Measure | Heartbeat | Shutdown | Regroup
 
 
 # --- events: workers -> client -----------------------------------------------------------------
@@ -358,6 +367,12 @@ class TrainingStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     remaining_s: float
 
 
+class Profiled(msgspec.Struct, frozen=True, tag=True):
+    """What a `Measure` has found; from rank 0."""
+
+    profile: Profile
+
+
 class Notice(msgspec.Struct, frozen=True, tag=True):
     """Something a person should know; nothing has failed."""
 
@@ -381,6 +396,7 @@ Event = (
     | StageTelemetry
     | StageSpans
     | TreeChosen
+    | Profiled
     | TrainingStarted
     | TrainingStep
     | Notice

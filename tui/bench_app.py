@@ -45,8 +45,14 @@ class Player:
     """In the place of an engine's client: answers with the document, at a steady rate."""
 
     def __init__(
-        self, listener: Callable[[Update], None], rate: float, code_lines: int, report: Path
+        self,
+        config: JupiterConfig,
+        listener: Callable[[Update], None],
+        rate: float,
+        code_lines: int,
+        report: Path,
     ) -> None:
+        self.config = config
         self._tell = listener
         self._rate = rate
         self._pieces = tokens(document(code_lines))
@@ -130,8 +136,8 @@ def main(rate: str, code_lines: str, report: str) -> int:
     config = JupiterConfig(base_model_name_or_path="bench", stage_num_hidden_layers_list=[15, 15])
     return run(
         config,
-        make_client=lambda _, listener: Player(
-            listener, float(rate), int(code_lines), Path(report)
+        make_client=lambda config, listener: Player(
+            config, listener, float(rate), int(code_lines), Path(report)
         ),
     )
 

@@ -56,7 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--config", "--config_file", metavar="FILE", help="default: ./config.json, else built in"
     )
-    run.add_argument("--stages", metavar="N,N,...", help="decoder layers per stage, such as 15,15")
+    run.add_argument(
+        "--stages",
+        metavar="N,N,...",
+        help="decoder layers per stage, such as 15,15; `auto` or `auto:N` plans them",
+    )
     run.add_argument(
         "--set",
         metavar="KEY=VALUE",

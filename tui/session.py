@@ -47,6 +47,8 @@ ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 class Client(Protocol):
     """What the session needs of engine.client.EngineClient."""
 
+    config: JupiterConfig
+
     async def start(self) -> EngineReady: ...
     def submit(self, *, prompt: str, params: SamplingParams) -> RequestStream: ...
     def send(self, request: Generate) -> RequestStream: ...
@@ -98,6 +100,8 @@ class EngineSession:
         self._change(self.snapshot.launching(time.monotonic()))
         try:
             await self._launch(self.config)
+            assert self.client is not None
+            self.config = self.client.config  # what was to be planned is
         except JupiterError as error:
             self.error = error
             if not self._stopped():

@@ -42,7 +42,7 @@ class Snapshot:
         """What the configuration alone tells."""
         return cls(
             model=short_name(config.base_model_name_or_path),
-            split=tuple(config.stage_num_hidden_layers_list),
+            split=() if config.auto_split else tuple(config.stage_num_hidden_layers_list),
             dtype=config.torch_dtype,
         )
 

@@ -133,7 +133,7 @@ class _Bench:
     def _add_ours(self) -> None:
         layers, split = self._model.num_hidden_layers, self._config.stage_num_hidden_layers_list
         self._add_engine(OURS, [layers])
-        if len(split) == 2:
+        if len(split) == 2 and not self._config.auto_split:
             self._add_engine(TWO_STAGES, split)
         elif layers > 1:
             self._add_engine(TWO_STAGES, [math.ceil(layers / 2), layers // 2])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine.cli.options import add_config_options, config_of, model_folder
+from engine.cli.options import add_config_options, config_of, model_folder, on_one_stage
 from engine.config import JupiterConfig
 from engine.errors import ConfigError, ExitCode
 from engine.launch import worker_environment
@@ -58,7 +58,7 @@ def main(words: Sequence[str]) -> int:
     bits = args.bits or config.weight_bits or 8
     folder = model_folder(config)
     # As a worker has it, and read when torch is loaded: below.
-    threads = msgspec.structs.replace(config, num_threads=args.threads)
+    threads = on_one_stage(msgspec.structs.replace(config, num_threads=args.threads), folder)
     os.environ.update(worker_environment(threads))
     from engine.bench.machine import machine
     from engine.pipeline.build import make_plan
@@ -115,7 +115,6 @@ def _variant(config: JupiterConfig, bits: int | None) -> JupiterConfig:
     """The model as one stage without heads: plain float32, or quantized in the config's dtype."""
     return msgspec.structs.replace(
         config,
-        stage_num_hidden_layers_list=[sum(config.stage_num_hidden_layers_list)],
         medusa_head_path=None,
         medusa_num_heads=0,
         medusa_choices="auto",  # explicit paths would ask for heads

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engine.cli.options import add_config_options, config_of, model_folder
+from engine.cli.options import add_config_options, config_of, model_folder, on_one_stage
 from engine.errors import ConfigError, ExitCode
 from engine.launch import worker_environment
 
@@ -49,11 +49,8 @@ def main(words: Sequence[str]) -> int:
     """Run the bench; its last line is the JSON."""
     args = _parser().parse_args(words)
     config = config_of(args)
-    layers = sum(config.stage_num_hidden_layers_list)
-    config = msgspec.structs.replace(
-        config, stage_num_hidden_layers_list=[layers], num_threads=args.threads
-    )
     folder = model_folder(config)
+    config = on_one_stage(msgspec.structs.replace(config, num_threads=args.threads), folder)
     # As a worker has it, and read when torch is loaded: below.
     os.environ.update(worker_environment(config))
     from engine.bench.floor import measure_speed, step_work

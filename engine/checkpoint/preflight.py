@@ -86,7 +86,7 @@ def _check_split(config: JupiterConfig, model: ModelConfig, folder: Path) -> Non
             f"key 'stage_num_hidden_layers_list': {len(split)} stages are more than "
             f"the {layers} layers of the model in {folder}"
         )
-    if sum(split) != layers:
+    if sum(split) != layers and not config.auto_split:
         raise ConfigError(
             f"key 'stage_num_hidden_layers_list': {split} adds up to {sum(split)} layers, "
             f"but the model in {folder} has {layers}"

@@ -16,6 +16,7 @@ COMMANDS = {
     "infer": "answer questions with a model folder or a training checkpoint",
     "medusa": "train Medusa heads (also: `medusa generate`, `medusa eval`)",
     "merge": "write base model and Medusa heads as one Hugging Face folder",
+    "plan": "measure stages and links, and choose split and chunks",
     "run": "answer one prompt in this process with the merged model",
     "stage": "run one stage by hand; start one per rank in separate shells",
 }

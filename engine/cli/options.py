@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import msgspec
+
 from engine.config import JupiterConfig, load_config
 from engine.protocol import SamplingParams
 
@@ -31,6 +33,16 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
 def config_of(args: argparse.Namespace, stages: str | None = None) -> JupiterConfig:
     """The config that the command line asks for."""
     return load_config(args.config, stages=stages, assignments=args.set, no_heads=args.no_heads)
+
+
+def on_one_stage(config: JupiterConfig, folder: Path) -> JupiterConfig:
+    """The config with all layers on one stage, whatever its split says."""
+    from engine.model.config import ModelConfig
+
+    layers = sum(config.stage_num_hidden_layers_list)
+    if config.auto_split:
+        layers = ModelConfig.from_folder(folder).num_hidden_layers
+    return msgspec.structs.replace(config, stage_num_hidden_layers_list=[layers])
 
 
 def params_of(args: argparse.Namespace) -> SamplingParams:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-import msgspec
-
 from engine.cli.options import (
     add_config_options,
     add_request_options,
     config_of,
     model_folder,
+    on_one_stage,
     params_of,
 )
 
@@ -29,10 +28,9 @@ def run(args: argparse.Namespace) -> int:
     from engine.pipeline.run import run_rank
 
     config = config_of(args)
-    # One stage, whatever the split says: one config file serves every world size.
-    layers = sum(config.stage_num_hidden_layers_list)
-    config = msgspec.structs.replace(config, stage_num_hidden_layers_list=[layers])
-    plan = make_plan(config, model_folder(config))
+    folder = model_folder(config)
+    # One config file serves every world size.
+    plan = make_plan(on_one_stage(config, folder), folder)
     device = choose_device(config.device, 0)
     stage = build_stage(plan, 0, device, lambda done, total: None)
     prompts = prompts_from_stdin() if args.prompt is None else [args.prompt]

@@ -13,6 +13,8 @@ import os
 import signal
 import sys
 
+import msgspec
+
 from engine.cli.options import (
     add_config_options,
     add_request_options,
@@ -21,6 +23,7 @@ from engine.cli.options import (
     params_of,
 )
 from engine.errors import ConfigError
+from engine.planning.auto import planned_by_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +38,11 @@ def run(args: argparse.Namespace) -> int:
     """Serve as one rank until rank 0 has no more prompts."""
     config = config_of(args)
     world, rank = args.world, args.rank
+    if config.auto_split:
+        config = msgspec.structs.replace(
+            config, stage_num_hidden_layers_list=[1] * world, num_stages=world
+        )
+        config = planned_by_file(config, model_folder(config))
     if world != config.world_size:
         raise ConfigError(
             f"--world {world}: stage_num_hidden_layers_list has {config.world_size} entries "

@@ -25,6 +25,8 @@ class Kind(IntEnum):
     STOP = 4
     BEGIN = 5
     """Goes round once: what came before was no request's."""
+    MEASURE = 6
+    """An order to measure stages or links, or an answer to one; see engine/planning/profiler.py."""
 
 
 class Link:
@@ -56,6 +58,11 @@ class Link:
         self._outgoing = [(self._header(), self._buffer(1 << 16)) for _ in range(2)]
         self._sending: list[list[dist.Work]] = [[], []]
         self._turn = 0
+
+    def beside(self) -> Link:
+        """Another link of this rank, to receive with while a thread waits in this one's."""
+        nccl = self.wire == self.device and self.device.type == "cuda"
+        return Link(hidden_size=self.hidden_size, dtype=self.dtype, device=self.device, nccl=nccl)
 
     def send(
         self, to: int, kind: Kind, numbers: list[int] | None = None, hidden: Tensor | None = None

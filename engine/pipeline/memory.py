@@ -5,11 +5,13 @@ from __future__ import annotations
 import platform
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
-from engine.pipeline.stage import Stage
+if TYPE_CHECKING:
+    from engine.pipeline.stage import Stage
 
 CGROUPS = Path("/sys/fs/cgroup")
 

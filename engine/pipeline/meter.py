@@ -39,6 +39,7 @@ class StageMeter:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._lock = threading.Lock()
+        self._muted = False
         self._spent: dict[Activity, float] = {"busy": 0.0, "wait": 0.0, "link": 0.0, "idle": 0.0}
         self._activity: Activity = "busy"
         self._text = False
@@ -82,6 +83,15 @@ class StageMeter:
         """The activity of this moment."""
         return "text" if self._text else self._activity
 
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Count no steps in the block: they are no request's. Its time is booked all the same."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
+
     def _switch(self, activity: Activity) -> Activity:
         with self._lock:
             now = self._clock()
@@ -107,6 +117,8 @@ class StageMeter:
 
         `points`: of each sequence in it the point of an outline answer, 0 for none.
         """
+        if self._muted:
+            return
         self.steps += 1
         self.rows += rows
         ended = self._clock() + self._since_1970
@@ -122,6 +134,8 @@ class StageMeter:
     def count_judging(self, *, decode: bool, seconds: float) -> None:
         """The judging of the micro-batch counted last took `seconds`."""
         self.moved += 1
+        if self._muted:
+            return
         self._add(decode=decode, seconds=seconds)
         if decode:
             self.decode_judge_s += seconds

@@ -27,12 +27,15 @@ from engine.pipeline.slots import SlotTable
 from engine.pipeline.stage import Stage
 from engine.pipeline.tracing import step_trace
 from engine.pipeline.waiting import WaitingRequests
-from engine.planning.chunks import prefill_chunks
+from engine.planning.chunks import planned_chunks, prefill_chunks
+from engine.planning.profiler import Profiler
 from engine.protocol import (
     Cancel,
     Event,
     Failed,
     Generate,
+    Measure,
+    Profiled,
     Regroup,
     Shutdown,
     StepTrace,
@@ -61,6 +64,11 @@ class LinkDown:
 
     link: Link
     error: str
+
+
+def _order(item: Any) -> list[int] | None:
+    """The numbers of an order to measure that has come back."""
+    return item.numbers if isinstance(item, Arrived) and item.kind is Kind.MEASURE else None
 
 
 class Scheduler:
@@ -102,6 +110,7 @@ class Scheduler:
         )
         self.tick_out = False
         self.resting = True
+        self.measuring = False
         self.stopping = False
 
     def run(self) -> None:
@@ -111,6 +120,8 @@ class Scheduler:
         """
         while not self.stopping:
             self._admit()
+            if self.measuring and not (self.running or self.flights or self.tick_out):
+                self._measure()
             flight = self.composer.next(self.running, self.flights)
             if flight is not None:
                 self._dispatch(flight)
@@ -118,6 +129,13 @@ class Scheduler:
         if self.link:
             self.link.send(1, Kind.STOP)
             self._await_stop()
+
+    def _measure(self) -> None:
+        """Measure stages and links while there is nothing else to do; slots lose their rows."""
+        self.measuring = False
+        self.slots = SlotTable(self.config.max_num_seqs)
+        profiler = Profiler(self.stage, self.link, 0, self.config.world_size)
+        self.emit(Profiled(profiler.run(self.inbox, _order, self._handle)))
 
     def _await_stop(self) -> None:
         """Wait until the stop has gone round: a stage that still waits must not lose its peer."""
@@ -171,6 +189,8 @@ class Scheduler:
                 self.waiting.put(item)
             case Cancel(request_id):
                 self._cancel(request_id)
+            case Measure():
+                self.measuring = True
             case Shutdown():
                 self.stopping = True
             case Regroup():
@@ -263,6 +283,8 @@ class Scheduler:
         """Rows of each chunk in which so many are prefilled: the one place that decides it."""
         config = self.config
         world = config.world_size if self.link else 1
+        if config.prefill_plan:
+            return planned_chunks(rows, config.prefill_plan)
         return prefill_chunks(rows, world, config.num_sub_sequences, config.max_sub_sequence_len)
 
     # --- what goes out ---------------------------------------------------------------------

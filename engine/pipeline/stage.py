@@ -26,6 +26,7 @@ from engine.pipeline.forward import Forward, ModuleForward
 from engine.pipeline.link import Kind, Link
 from engine.pipeline.meter import Activity, StageMeter
 from engine.pipeline.scores import NodeScores, look_ahead
+from engine.planning.profiler import Profiler
 
 
 class Stage:
@@ -141,6 +142,7 @@ def serve(stage: Stage, link: Link, rank: int, world: int) -> Kind:
     Returns what has ended it, BEGIN or STOP.
     """
     after = (rank + 1) % world
+    profiler = Profiler(stage, link, rank, world)
     until_next: Activity = "idle"
     while True:
         with stage.meter.during(until_next):
@@ -155,6 +157,8 @@ def serve(stage: Stage, link: Link, rank: int, world: int) -> Kind:
                 link.send(after, Kind.RESULTS, encode_results(stage.judge(entries, hidden)))
             else:
                 link.send(after, Kind.BATCH, numbers, hidden)
+        elif kind is Kind.MEASURE:
+            profiler.handle(numbers)
         else:
             link.send(after, kind)
         if kind is Kind.STOP:

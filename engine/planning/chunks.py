@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 MIN_CHUNK = 32
 """Below this a chunk costs as much as a longer one: the weights are read once either way."""
@@ -21,3 +22,24 @@ def prefill_chunks(
         size = min(size, max(MIN_CHUNK, math.ceil(rows / num_sub_sequences)))
     full, rest = divmod(rows, size)
     return [size] * full + ([rest] if rest else [])
+
+
+def planned_chunks(rows: int, plan: Mapping[str, Sequence[int]]) -> list[int]:
+    """Rows of each chunk after a plan for prompts of some lengths, its keys.
+
+    The plan of the next longer prompt is followed as far as there are rows. Beyond the longest, its
+    first chunk goes before as often as needed: the earlier a chunk, the longer it may be.
+    """
+    lengths = sorted(map(int, plan))
+    length = next((each for each in lengths if each >= rows), lengths[-1])
+    sizes = list(plan[str(length)])
+    left = rows - length
+    while left > 0:
+        sizes.insert(0, sizes[0])
+        left -= sizes[0]
+    found, done = [], 0
+    for size in sizes:
+        if done < rows:
+            found.append(min(size, rows - done))
+            done += size
+    return found

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine.config import config_json, find_config, load_config, parse_config
@@ -151,3 +152,37 @@ def test_a_bad_stages_flag_shows_the_form(tmp_path: Path, stages: str) -> None:
 def test_a_bad_set_flag_shows_the_form(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="key=value"):
         load_config(write(tmp_path, GOOD), assignments=["temperature"])
+
+
+def test_a_split_of_auto_has_a_number_of_stages_and_comes_back_from_json() -> None:
+    auto = {**GOOD, "stage_num_hidden_layers_list": "auto"}
+    config = parse_config(auto, "test")
+    assert config.auto_split and config.world_size == 2
+    assert parse_config(json.loads(config_json(config)), "test") == config
+    assert parse_config({**auto, "num_stages": 3}, "test").world_size == 3
+    planned = msgspec.structs.replace(config, stage_num_hidden_layers_list=[1, 3])
+    assert not planned.auto_split
+    again = parse_config(json.loads(config_json(planned)), "test")
+    assert again.stage_num_hidden_layers_list == [1, 3] and not again.auto_split
+
+
+def test_stages_auto_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**GOOD, "stage_num_hidden_layers_list": [2, 2, 2]}))
+    assert load_config(str(path), stages="auto").num_stages == 3  # as many as there were
+    assert load_config(str(path), stages="auto:4").world_size == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"stage_num_hidden_layers_list": "auto", "num_stages": 0}, "'num_stages'"),
+        ({"num_stages": 3}, "has 2 entries"),
+        ({"stage_num_hidden_layers_list": "even"}, "stage_num_hidden_layers_list"),
+        ({"prefill_plan": {"100": [50, 40]}}, "'prefill_plan'"),
+        ({"plan_aim": "speed"}, "ttft, latency, throughput"),
+    ],
+)
+def test_planning_keys_are_refused_by_name(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_config({**GOOD, **values}, "test")

@@ -115,7 +115,7 @@ class StagesScreen(Screen[None]):
         self._sizes: ModelSizes | None = None
         self._sizes_of: tuple[object, ...] | None = None
         self._applying = False
-        self.set_reactive(StagesScreen.draft, StageDraft.of(session.snapshot.split))
+        self.set_reactive(StagesScreen.draft, StageDraft.of(session.snapshot.split or (1,)))
 
     def compose(self) -> ComposeResult:
         """Title, the bar of the whole model, a column per stage, draft against live, keys."""
@@ -152,7 +152,7 @@ class StagesScreen(Screen[None]):
         self.query_one(TitleBar).snapshot = snapshot
         if self._applying and snapshot.phase == "applying":
             self.query_one(ApplyProgress).follow(snapshot)
-        if snapshot.phase in ("ready", "starting"):
+        if snapshot.phase in ("ready", "starting") and snapshot.split:
             self.draft = self.draft.follow(snapshot.split)
         self._read_sizes(snapshot)
 

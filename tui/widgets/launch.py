@@ -77,7 +77,7 @@ def progress(snapshot: Snapshot, width: int, now: float) -> Content:
     count = len(snapshot.split)
     head = [
         (harmless(snapshot.model), "bold"),
-        (f" on {count} stage{'s' if count > 1 else ''}", DIM),
+        (f" on {count} stage{'s' if count > 1 else ''}" if count else "", DIM),
     ]
     if snapshot.phase == "starting" and snapshot.began_at is not None:
         head.append((f"  {now - snapshot.began_at:.1f} s", DIM))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,8 @@ from engine.checkpoint.mcore import (
     place,
     write_common,
 )
-from engine.checkpoint.mcore_files import name_of, write_tracker
+from engine.checkpoint.mcore_files import ARGUMENTS, name_of, write_tracker
+from engine.checkpoint.mcore_files import ITERATION as ITERATION_NAME
 from engine.checkpoint.mcore_names import McoreTensor, check_divides, join, model_tensors
 from engine.checkpoint.merge import HEADS, copy_texts, heads_config, new_folder, write_config
 from engine.checkpoint.preflight import is_merged
@@ -220,9 +222,17 @@ def to_hf(
             )
         write_sharded(unfinished, entries, shard_bytes=shard_bytes, written=progress)
         copy_texts(model, unfinished)
+        _copy_arguments(checkpoint, unfinished)
         more: Mapping[str, int] = {}
         if any(entry.name.startswith(HEADS) for entry in entries):
             spec = inspect_heads(unfinished)
             more = heads_config(spec.num_heads, spec.num_layers)
         kept = dtype or reader.dtype("model.norm.weight")
         write_config(model, unfinished, kept, more)
+
+
+def _copy_arguments(checkpoint: Path, output: Path) -> None:
+    """The arguments of the run, where there are some: they tell `jupiter infer` how it asked."""
+    run = checkpoint.parent if ITERATION_NAME.fullmatch(checkpoint.name) else checkpoint
+    if (run / ARGUMENTS).is_file():
+        shutil.copyfile(run / ARGUMENTS, output / ARGUMENTS)

@@ -10,6 +10,8 @@ from pathlib import Path
 from engine.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+ARGUMENTS = "args.json"
+"""Of the training run that made a checkpoint or a model."""
 COMMON = "common.pt"
 METADATA = ".metadata"
 FORMAT = "metadata.json"
@@ -105,3 +107,13 @@ def write_tracker(path: Path, iteration: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path / TRACKER)
+
+
+def system_of(folder: Path) -> str | None:
+    """The system message with which the model in `folder` was trained, if its args.json says so."""
+    try:
+        values = json.loads((folder / ARGUMENTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    system = values.get("system") if isinstance(values, dict) else None
+    return system if isinstance(system, str) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engine.checkpoint.hub import TEXT_FILES
 from engine.checkpoint.mcore_files import (
+    ARGUMENTS,
     ITERATION,
     iteration_folder,
     model_folder,
@@ -37,7 +38,7 @@ def as_model(checkpoint: Path, model: Path | None = None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="jupiter-checkpoint-") as name:
         view = Path(name)
-        for file in TEXT_FILES:
+        for file in (*TEXT_FILES, ARGUMENTS):
             if (texts / file).is_file():
                 (view / file).symlink_to(texts / file)
         number = ITERATION.fullmatch(iteration.name)

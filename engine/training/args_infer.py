@@ -25,7 +25,11 @@ class InferArguments:
     medusa_head_path: str | None = arg(
         None, "Medusa heads to draft with", shown="those merged into the model"
     )
-    system: str | None = arg(None, "system message of conversations that have none")
+    system: str | None = arg(
+        None,
+        "system message of conversations that have none",
+        shown="that of the run that trained the model (its args.json), if any",
+    )
     stream: bool = arg(True, "show answers as they are written; false: each when it is whole")
     temperature: NotNegative = arg(0.0, "0 is greedy")
     top_p: PartOfOne | None = arg(None, "of nucleus sampling", shown="the config's")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from engine.checkpoint.mcore_files import system_of
 from engine.checkpoint.mcore_view import as_model
 from engine.checkpoint.sources import fetch
 from engine.config import JupiterConfig, load_config
@@ -46,6 +48,9 @@ def infer(args: InferArguments) -> int:
     if args.result_path is not None and not args.val_dataset:
         raise ConfigError("--result_path: goes with --val_dataset")
     with _config(args) as config:
+        if args.system is None and (args.model or args.mcore_model):
+            folder = fetch(config.base_model_name_or_path, _say)
+            args = dataclasses.replace(args, system=system_of(folder))
         sampling = _sampling(args, config)
         if args.val_dataset:
             return _answer_file(args, config, sampling)
@@ -117,6 +122,7 @@ def _made_by(args: InferArguments, sampling: Sampling) -> dict[str, object]:
     """What decides the answers, kept in each line."""
     how: dict[str, object] = {
         "model": args.mcore_model or args.model,
+        "system": args.system,
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
     }

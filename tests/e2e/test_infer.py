@@ -61,7 +61,8 @@ def test_a_conversation_with_a_checkpoint_over_two_stages(run: Path) -> None:
     assert main(["export", *words]) == 0
     checkpoint = run / "mcore" / "iter_0000001"
     asked = "one\ntwo\nclear\ntwo\nexit\nnot asked"
-    stages = ["--stage_num_hidden_layers_list", 2, 2, "--system", "be"]
+    (run / "mcore" / "args.json").write_text('{"system": "be"}')  # as a training run leaves it
+    stages = ["--stage_num_hidden_layers_list", 2, 2]
     done = infer(run, "--mcore_model", checkpoint, *stages, stdin=asked)
     assert done.returncode == 0, done.stderr
     system, one, two = Message("system", "be"), Message("user", "one"), Message("user", "two")

@@ -3,7 +3,8 @@
 Every layout is read into one set of names, those of the merged model:
 `medusa_head.{h}.{l}.linear.weight|bias` for ResBlock l of head h, and, unless the heads share the
 model's `lm_head`, `medusa_head.{h}.{L}.weight` for the output layer after its L blocks. Where the
-first block sees the root token (Jupiter's own layout), it is `medusa_head.{h}.0.fc1|fc2.*`.
+first block sees tokens (Jupiter's own layout), it is `medusa_head.{h}.0.fc1|fc2.*`; the width of
+`fc1` tells how many.
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from engine.checkpoint.child import CONVERT, run_module
 from engine.checkpoint.safetensors_file import read_integers, read_shapes
 from engine.checkpoint.weight_files import HEAD_FILES, find_weights
 from engine.errors import CheckpointError
 from engine.model.config import ModelConfig
+from engine.model.head_kinds import HeadKind, tokens_seen
 
 Shapes = Mapping[str, tuple[int, ...]]
-HeadKind = Literal["resblock", "root"]
 TOKEN_MAP = "token_map"
 
 BLOCK = re.compile(
@@ -53,12 +53,9 @@ class HeadSpec:
     token_map: tuple[int, ...] | None = None
     """Token id of each of these rows, where they cover a part of the vocabulary."""
     inner_size: int = 0
-    """Width inside the first block of heads that see the root token; 0 for ResBlocks alone."""
-
-    @property
-    def kind(self) -> HeadKind:
-        """What the heads see."""
-        return "root" if self.inner_size else "resblock"
+    """Width inside the first block of heads that see tokens; 0 for ResBlocks alone."""
+    kind: HeadKind = "resblock"
+    """What the heads see."""
 
     @property
     def shared_lm_head(self) -> bool:
@@ -216,13 +213,17 @@ def make_spec(
     root = layout.names.get(root_name(0, "fc2", "weight"))
     first = next(iter(layout.names.values()))
     hidden, inner = shapes[root] if root else (shapes[first][-1], 0)
-    expect = part_shapes(hidden, inner)
+    second = layout.names.get(root_name(1, "fc1", "weight"))
+    kind: HeadKind = "root" if root else "resblock"
+    if second and shapes[second][-1] == 3 * hidden:
+        kind = "hydra"
     rows: int | None = None
     for name, stored in layout.names.items():
         shape = shapes[stored]
         part = name.split(".", 3)[-1]
         if part != "weight":
-            expected: tuple[int, ...] = expect[part]
+            seen = tokens_seen(kind, int(name.split(".")[1]))
+            expected: tuple[int, ...] = part_shapes(hidden, inner, seen)[part]
         else:
             rows = rows or shape[0]
             expected = (rows, hidden)
@@ -236,15 +237,15 @@ def make_spec(
                 f"{path}: the token map has {len(token_map)} tokens, the heads only {rows} rows"
             )
         rows = len(token_map)
-    return HeadSpec(layout.num_heads, layout.num_layers, hidden, rows, token_map, inner)
+    return HeadSpec(layout.num_heads, layout.num_layers, hidden, rows, token_map, inner, kind)
 
 
-def part_shapes(hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parts of blocks, by their names in the block."""
+def part_shapes(hidden: int, inner: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parts of blocks, by their names in the block; `tokens` that the head sees."""
     return {
         "linear.weight": (hidden, hidden),
         "linear.bias": (hidden,),
-        "fc1.weight": (inner, 2 * hidden),
+        "fc1.weight": (inner, (1 + tokens) * hidden),
         "fc1.bias": (inner,),
         "fc2.weight": (hidden, inner),
         "fc2.bias": (hidden,),

@@ -30,6 +30,7 @@ from engine.checkpoint.safetensors_file import SINGLE_FILE, write_file
 from engine.checkpoint.tensor_entry import tensor_entry
 from engine.checkpoint.weight_files import HEAD_FILES
 from engine.errors import CheckpointError
+from engine.model.head_kinds import tokens_seen
 
 __all__ = ["HeadReader", "HeadSpec", "check_heads", "inspect_heads", "read_heads", "write_heads"]
 
@@ -62,10 +63,12 @@ class HeadReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a part that `tensor` gives."""
-        spec, part = self.spec, name.split(".", 3)[-1]
+        spec, (_, head, _, part) = self.spec, name.split(".", 3)
         if part == "weight":
             return (spec.vocab_size or 0, spec.hidden_size)
-        return part_shapes(spec.hidden_size, spec.inner_size)[part]
+        return part_shapes(spec.hidden_size, spec.inner_size, tokens_seen(spec.kind, int(head)))[
+            part
+        ]
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a part that `tensor` gives."""
@@ -102,10 +105,10 @@ def head_names(num_heads: int, spec: HeadSpec) -> list[str]:
     """Canonical names of all parts of the first `num_heads` heads."""
     names = []
     for head in range(num_heads):
-        if spec.kind == "root":
+        if spec.inner_size:
             parts = [(fc, kind) for fc in ("fc1", "fc2") for kind in ("weight", "bias")]
             names += [root_name(head, fc, kind) for fc, kind in parts]
-        for layer in range(int(spec.kind == "root"), spec.num_layers):
+        for layer in range(int(spec.inner_size > 0), spec.num_layers):
             names += [block_name(head, layer, kind) for kind in ("weight", "bias")]
         if not spec.shared_lm_head:
             names.append(output_name(head, spec.num_layers))
@@ -183,8 +186,8 @@ def write_heads(
 
 def _refuse(spec: HeadSpec, layout: Layout, folder: Path, lm_head: Tensor | None) -> None:
     """Raise CheckpointError for a kind of heads that `layout` cannot hold."""
-    if layout != "jupiter" and spec.kind == "root":
-        problem = "heads that see the root token; use layout jupiter"
+    if layout != "jupiter" and spec.inner_size:
+        problem = f"heads that see tokens (kind {spec.kind}); use layout jupiter"
     elif layout not in ("vllm", "jupiter") and spec.token_map is not None:
         problem = "a token_map (a part of the vocabulary); use layout vllm"
     elif layout == "fasterdecoding" and spec.shared_lm_head:

@@ -26,6 +26,16 @@ PRESETS = {"mc_63": MC_63, "mc_16": MC_63[:16]}
 
 
 @dataclass(frozen=True)
+class Level:
+    """The nodes of one depth that have children, in the tree's order."""
+
+    parents: list[int]
+    """Place of each one's parent among those of the depth before."""
+    ranks: list[int]
+    """Its place among its parent's candidates."""
+
+
+@dataclass(frozen=True)
 class Tree:
     """A draft tree in the order its nodes enter the model: parents before children.
 
@@ -59,6 +69,23 @@ class Tree:
         for parent, rank in zip(self.parents[1:], self.ranks[1:], strict=True):
             found.append((*found[parent], rank))
         return tuple(found[1:])
+
+    @cached_property
+    def inner(self) -> tuple[int, ...]:
+        """Nodes that have children, in order: those that candidates are needed at."""
+        return tuple(sorted(set(self.parents[1:])))
+
+    @cached_property
+    def levels(self) -> tuple[Level, ...]:
+        """The inner nodes by their depth, from the root on."""
+        found: list[Level] = []
+        places: dict[int, int] = {-1: 0}
+        for depth in range(self.depth):
+            nodes = [node for node in self.inner if self.depths[node] == depth]
+            parents = [places[self.parents[node]] for node in nodes]
+            found.append(Level(parents, [self.ranks[node] for node in nodes]))
+            places = {node: place for place, node in enumerate(nodes)}
+        return tuple(found)
 
     def tokens(self, root: int, candidates: Sequence[Sequence[int]]) -> list[int]:
         """Token of every node; `candidates[h]` are head h's tokens, likeliest first."""

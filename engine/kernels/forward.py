@@ -139,7 +139,7 @@ class _Heads:
         x = hidden.expand(n, *hidden.shape)
         for parts in self._packed:
             if "fc1" in parts:
-                both = RootBlock.both(hidden, self._embed(roots))
+                both = RootBlock.inputs(hidden, self._embed(roots[:, None]))
                 inner = F.silu(run(parts["fc1"][:n], both.expand(n, *both.shape)))
                 x = x + run(parts["fc2"][:n], inner)[..., :width]
             elif "linear" in parts:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.decoding.tree import Tree
 from engine.model.config import ModelConfig
+from engine.model.head_kinds import HeadKind, tokens_seen
 from engine.model.llama import LlamaDecoderLayer, LlamaModel, Rows
 from engine.model.quantize import QuantizedLinear
-
-HeadKind = Literal["resblock", "root"]
-"""What a head sees: the last hidden state alone, or also the token chosen from it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class HeadShape:
     row, or rows of a shared `lm_head`."""
     kind: HeadKind = "resblock"
     inner_size: int = 0
-    """Width between the two products of the first block of a "root" head."""
+    """Width between the two products of the first block of a head that sees tokens."""
 
 
 NO_HEADS = HeadShape(0)
@@ -54,29 +53,30 @@ class ResBlock(nn.Module):
 
 
 class RootBlock(nn.Module):
-    """x + fc2(SiLU(fc1([norm(x); norm(e)]))), e the embedding of the token that follows x.
+    """x + fc2(SiLU(fc1([norm(x); norm(e0); ...]))), e the embeddings of the tokens that follow x.
 
-    That token, the root of the draft tree, is known when drafting begins; a ResBlock has to guess
-    it along with what comes after. A new block is the identity, because `fc2` starts at zero.
-    Both inputs are brought to a root mean square of 1, whatever the model's own scales are.
+    The first of them, the root of the draft tree, is known when drafting begins; a ResBlock has to
+    guess it along with what comes after. Heads of the kind "hydra" see the drafted ones too. A new
+    block is the identity, because `fc2` starts at zero. All inputs are brought to a root mean
+    square of 1, whatever the model's own scales are.
     """
 
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
+    def __init__(self, hidden_size: int, inner_size: int, tokens: int = 1) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(2 * hidden_size, inner_size)
+        self.fc1 = nn.Linear((1 + tokens) * hidden_size, inner_size)
         self.fc2 = nn.Linear(inner_size, hidden_size)
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
         self.act = nn.SiLU()
 
-    def forward(self, x: Tensor, root: Tensor) -> Tensor:
-        """Hidden states and embeddings, both [..., hidden_size] -> the same."""
-        return x + self.fc2(self.act(self.fc1(self.both(x, root))))
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Hidden states [n, hidden_size] and embeddings [n, tokens, hidden_size] -> as x."""
+        return x + self.fc2(self.act(self.fc1(self.inputs(x, seen))))
 
     @staticmethod
-    def both(x: Tensor, root: Tensor) -> Tensor:
-        """What `fc1` takes: both inputs side by side."""
-        return torch.cat((_normed(x), _normed(root)), dim=-1)
+    def inputs(x: Tensor, seen: Tensor) -> Tensor:
+        """What `fc1` takes: all inputs side by side, [n, (1 + tokens) * hidden_size]."""
+        return torch.cat((_normed(x), _normed(seen).flatten(-2)), dim=-1)
 
 
 def _normed(x: Tensor) -> Tensor:
@@ -112,20 +112,20 @@ class MedusaLlamaForCausalLM(nn.Module):
         if first and config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         if heads.num_heads:
-            self.medusa_head = nn.ModuleList(self._head() for _ in range(heads.num_heads))
+            self.medusa_head = nn.ModuleList(self._head(head) for head in range(heads.num_heads))
         self.draft_head: nn.Linear | QuantizedLinear | None = None
-        if heads.kind == "root" and not first and not config.tie_word_embeddings:
+        if heads.kind != "resblock" and not first and not config.tie_word_embeddings:
             self.root_embedding = nn.Embedding(
                 config.vocab_size,
                 config.hidden_size,
                 _weight=torch.zeros(config.vocab_size, config.hidden_size),
             )
 
-    def _head(self) -> nn.Sequential:
+    def _head(self, head: int) -> nn.Sequential:
         width, heads = self.config.hidden_size, self.heads
         modules: list[nn.Module] = [ResBlock(width) for _ in range(heads.num_layers)]
-        if heads.kind == "root":
-            modules[0] = RootBlock(width, heads.inner_size)
+        if seen := tokens_seen(heads.kind, head):
+            modules[0] = RootBlock(width, heads.inner_size, seen)
         if heads.vocab_size is not None:
             modules.append(nn.Linear(width, heads.vocab_size, bias=False))
         return nn.Sequential(*modules)
@@ -138,22 +138,22 @@ class MedusaLlamaForCausalLM(nn.Module):
         x = self.model(x, rows)
         return self.model.norm(x) if hasattr(self.model, "norm") else x
 
-    def head_hidden(self, head: int, hidden: Tensor, roots: Tensor) -> Tensor:
+    def head_hidden(self, head: int, hidden: Tensor, known: Tensor) -> Tensor:
         """What goes into a head's output layer: [n, hidden_size].
 
         Args:
             hidden: normed, [n, hidden_size].
-            roots: int64 [n], the token that follows each; only "root" heads look at it.
+            known: int64 [n, tokens], those that follow each, at least as many as the head sees.
         """
         blocks = list(self.medusa_head[head])[: self.heads.num_layers]  # type: ignore[call-overload]
-        if self.heads.kind == "root":
-            hidden = blocks.pop(0)(hidden, self.embed_root(roots))
+        if seen := tokens_seen(self.heads.kind, head):
+            hidden = blocks.pop(0)(hidden, self.embed_root(known[:, :seen]))
         for block in blocks:
             hidden = block(hidden)
         return hidden
 
     def embed_root(self, tokens: Tensor) -> Tensor:
-        """Embeddings [n, hidden_size], through which no gradient flows."""
+        """Embeddings [..., hidden_size] of tokens [...], through which no gradient flows."""
         if hasattr(self, "root_embedding"):
             weight = self.root_embedding.weight
         elif hasattr(self.model, "embed_tokens"):
@@ -164,31 +164,81 @@ class MedusaLlamaForCausalLM(nn.Module):
             weight = self.lm_head.weight
         return F.embedding(tokens, weight.detach())
 
-    def head_logits(self, hidden: Tensor, roots: Tensor, heads: int | None = None) -> Tensor:
-        """Medusa logits [heads, n, rows of the heads' vocabulary]; see `head_hidden`.
+    def draft(
+        self,
+        hidden: Tensor,
+        roots: Tensor,
+        k: int,
+        heads: int | None = None,
+        tree: Tree | None = None,
+    ) -> Tensor:
+        """The likeliest tokens, int64 [n, lists, k], likeliest first.
 
-        heads: how many, the first ones; None for all.
+        Of heads that do not see what was drafted there is one list for each head; of "hydra" heads
+        one for each inner node of `tree`, in the nodes' order.
+
+        Args:
+            hidden: normed, [n, hidden_size].
+            roots: int64 [n], the token that follows each.
+            k: length of a list.
+            heads: how many, the first ones; None for all.
+            tree: for "hydra" heads, at most as deep as there are heads.
         """
+        if self.heads.kind == "hydra":
+            assert tree is not None
+            return draft_along(tree, roots, lambda head, known: self._best(head, hidden, known, k))
         count = self.heads.num_heads if heads is None else min(heads, self.heads.num_heads)
-        outputs = [self.head_hidden(h, hidden, roots) for h in range(count)]
+        known = roots[:, None]
+        outputs = [self.head_hidden(h, hidden, known) for h in range(count)]
         if self.heads.vocab_size is None:
-            shared = self.draft_head or self.lm_head
-            return torch.stack(shared(torch.cat(outputs)).split(len(hidden)))
-        pairs = zip(self.medusa_head, outputs, strict=False)
-        return torch.stack([head[-1](x) for head, x in pairs])  # type: ignore[index]
+            logits = torch.stack(self._shared_output(torch.cat(outputs)).split(len(hidden)))
+        else:
+            pairs = zip(self.medusa_head, outputs, strict=False)
+            logits = torch.stack([head[-1](x) for head, x in pairs])  # type: ignore[index]
+        return self._tokens(logits.topk(k, dim=-1).indices).transpose(0, 1)
 
-    def draft(self, hidden: Tensor, roots: Tensor, k: int, heads: int | None = None) -> Tensor:
-        """The k likeliest tokens of each head, int64 [n, heads, k], likeliest first."""
-        best = self.head_logits(hidden, roots, heads).topk(k, dim=-1).indices
-        if (token_map := self.draft_tokens) is not None:
-            best = token_map.to(best.device)[best]
-        return best.transpose(0, 1)
+    def _best(self, head: int, hidden: Tensor, known: Tensor, k: int) -> Tensor:
+        """One head's lists [n, nodes, k] for nodes behind tokens `known`, [n, nodes, tokens]."""
+        n, nodes, _ = known.shape
+        rows = hidden[:, None].expand(n, nodes, -1).flatten(0, 1)
+        x = self.head_hidden(head, rows, known.flatten(0, 1))
+        if self.heads.vocab_size is None:
+            logits = self._shared_output(x)
+        else:
+            logits = self.medusa_head[head][-1](x)  # type: ignore[index]
+        return self._tokens(logits.topk(k, dim=-1).indices).view(n, nodes, k)
+
+    def _shared_output(self, x: Tensor) -> Tensor:
+        return (self.draft_head or self.lm_head)(x)
+
+    def _tokens(self, rows: Tensor) -> Tensor:
+        """Token ids of rows of the heads' vocabulary."""
+        token_map = self.draft_tokens
+        return rows if token_map is None else token_map.to(rows.device)[rows]
 
     @cached_property
     def draft_tokens(self) -> Tensor | None:
-        """Token id of each row of `head_logits`, int64; None where they are all tokens in order."""
+        """Token id of each row of the heads' vocabulary, int64; None for all tokens in order."""
         cut = self.heads.vocab_size is not None or self.draft_head is not None
         return torch.tensor(self.heads.token_map) if cut and self.heads.token_map else None
+
+
+def draft_along(tree: Tree, roots: Tensor, best: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Candidates at every inner node of `tree`, level by level: int64 [n, inner nodes, k].
+
+    Args:
+        roots: int64 [n].
+        best: head and tokens from the root to each node of a level, int64 [n, nodes, tokens], to
+            the candidates there, int64 [n, nodes, k].
+    """
+    known = roots[:, None, None]
+    found: list[Tensor] = []
+    for head, level in enumerate(tree.levels):
+        if found:
+            drafted = found[-1][:, level.parents, level.ranks]
+            known = torch.cat((known[:, level.parents], drafted[..., None]), dim=-1)
+        found.append(best(head, known))
+    return torch.cat(found, dim=1)
 
 
 def cut_draft_vocabulary(model: MedusaLlamaForCausalLM) -> None:

@@ -19,6 +19,7 @@ from engine.checkpoint.preflight import find_heads
 from engine.config import JupiterConfig
 from engine.decoding.tree import MAX_NODES, choose_tree
 from engine.model.config import ModelConfig
+from engine.model.head_kinds import tokens_seen
 from engine.model.quantization import linear_bytes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -81,7 +82,7 @@ class ModelSizes:
     tied: bool
     """`lm_head` is the embedding; a stage that holds both has it once, unless it is quantized."""
     quantized: bool
-    root_heads: bool
+    token_heads: bool
     """The heads look up embeddings, so that the last stage needs them too."""
     kv_layer: int
     """KV cache of one sequence in one layer."""
@@ -96,7 +97,7 @@ class ModelSizes:
         found, shared = [], self.tied and not self.quantized
         for rank, count in enumerate(split):
             first, last = rank == 0, rank == len(split) - 1
-            embedding = first or (last and self.root_heads and not self.tied)
+            embedding = first or (last and self.token_heads and not self.tied)
             holds = ["embedding"] if embedding else []
             if last:
                 holds += ["norm", "lm_head"]
@@ -148,7 +149,7 @@ def read_sizes(folder: Path, config: JupiterConfig) -> ModelSizes:
         num_heads=spec.num_heads if spec else 0,
         tied=model.tie_word_embeddings,
         quantized=config.weight_bits is not None,
-        root_heads=spec is not None and spec.kind == "root",
+        token_heads=spec is not None and spec.kind != "resblock",
         kv_layer=2 * model.num_key_value_heads * (context + MAX_NODES) * model.head_dim * item,
         activations=max(
             _forward_bytes(model, config.max_sub_sequence_len, context, item),
@@ -195,9 +196,9 @@ def head_shapes(spec: HeadSpec) -> Shapes:
     shapes: Shapes = {}
     for head in range(spec.num_heads):
         for layer in range(spec.num_layers):
-            rooted = layer == 0 and spec.kind == "root"
-            for part, shape in part_shapes(hidden, spec.inner_size).items():
-                if part.startswith("fc" if rooted else "linear"):
+            seen = tokens_seen(spec.kind, head) if layer == 0 else 0
+            for part, shape in part_shapes(hidden, spec.inner_size, seen).items():
+                if part.startswith("fc" if seen else "linear"):
                     shapes[f"{head}.{layer}.{part}"] = shape
         if spec.vocab_size is not None:
             shapes[f"{head}.{spec.num_layers}.weight"] = (spec.vocab_size, hidden)

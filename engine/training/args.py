@@ -71,7 +71,7 @@ class TrainArguments(
         """Layout in which the heads are written."""
         if self.heads_layout is not None:
             return self.heads_layout
-        if self.medusa_head_kind == "root":
+        if self.medusa_head_kind != "resblock":
             return "jupiter"
         return "v2" if self.original_lm_head else "fasterdecoding"
 
@@ -198,8 +198,16 @@ def _check_medusa(args: TrainArguments) -> None:
         )
     if args.medusa_objective == "medusa2" and args.cache_hidden_states is not None:
         raise ConfigError("--cache_hidden_states: with medusa2 the base learns, so they change")
-    if args.medusa_head_kind == "root" and args.layout != "jupiter":
-        raise ConfigError(f"--heads_layout {args.layout}: root heads need heads_layout jupiter")
+    if args.load_in_8bit and args.cache_hidden_states is None:
+        raise ConfigError("--load_in_8bit: goes with cache_hidden_states")
+    if args.load_in_8bit and args.pipeline_model_parallel_size > 1:
+        raise ConfigError("--load_in_8bit: the int8 base is on one stage")
+    if args.medusa_objective == "medusa2" and args.medusa_soft_targets:
+        raise ConfigError("--medusa_soft_targets: with medusa2 the base learns, so they change")
+    if args.medusa_head_kind != "resblock" and args.layout != "jupiter":
+        raise ConfigError(
+            f"--heads_layout {args.layout}: {args.medusa_head_kind} heads need heads_layout jupiter"
+        )
     if args.layout == "v2" and not args.original_lm_head:
         raise ConfigError("--heads_layout v2: holds heads that share lm_head only")
     if args.layout == "fasterdecoding" and args.original_lm_head:
@@ -237,7 +245,7 @@ def _without_effect(args: TrainArguments, name: str) -> str | None:
         return "a stream is tokenized as it is read"
     if args.lazy_tokenize and name == "dataset_num_proc":
         return "each row is tokenized when it is its turn"
-    if name == "medusa_inner_size" and args.medusa_head_kind != "root":
+    if name == "medusa_inner_size" and args.medusa_head_kind == "resblock":
         return "medusa_head_kind is resblock"
     if name.startswith("adam_") and args.optimizer != "adam":
         return f"the optimizer is {args.optimizer}"

@@ -12,6 +12,7 @@ from engine.training.args_fields import (
     PartOfOne,
     Positive,
     PositiveInt,
+    Share,
     arg,
 )
 
@@ -28,12 +29,15 @@ class Medusa:
     )
     medusa_num_heads: PositiveInt = arg(5, "heads; head h predicts the token h + 2 ahead")
     medusa_num_layers: PositiveInt = arg(1, "blocks of each head")
-    medusa_head_kind: Literal["resblock", "root"] = arg(
+    medusa_head_kind: Literal["resblock", "root", "hydra"] = arg(
         "resblock",
-        "resblock: as in Medusa; root: the first block also sees the token drafting starts from",
+        "resblock: as in Medusa; root: the first block also sees the token drafting starts from; "
+        "hydra: and the tokens drafted before the head's own",
     )
     medusa_inner_size: PositiveInt | None = arg(
-        None, "width inside the first block of root heads", shown="twice the model's `hidden_size`"
+        None,
+        "width inside the first block of root and hydra heads",
+        shown="twice the model's `hidden_size`",
     )
     original_lm_head: bool = arg(
         True, "the heads share the base's `lm_head`; false: an output layer for each"
@@ -45,11 +49,21 @@ class Medusa:
     medusa_head_weights: list[NotNegative] | None = arg(
         None, "weight of each head's loss", shown="0.8 to the power of h"
     )
+    medusa_soft_targets: Share = arg(
+        0.0,
+        "share of what heads learn that is the base's own distribution over their tokens; "
+        "the rest is the answers' tokens",
+    )
     cache_hidden_states: str | None = arg(
         None,
         "keep the frozen base's hidden states on disk: true, or a folder for them",
         shown="false",
         none_words=("false", "none", "null"),
+    )
+    load_in_8bit: bool = arg(
+        False,
+        "cached hidden states are those of the base in int8, as the engine runs it; "
+        "on a CPU that is also much faster",
     )
     truncated_vocab_size: PositiveInt | None = arg(
         None, "heads' loss over only so many tokens, the answers' most frequent", shown="all"
@@ -57,7 +71,7 @@ class Medusa:
     heads_layout: Layout | None = arg(
         None,
         "layout of the written heads",
-        shown="jupiter for root heads, v2 with `original_lm_head`, else fasterdecoding",
+        shown="jupiter for root and hydra heads, v2 with `original_lm_head`, else fasterdecoding",
     )
     num_train_epochs: Positive | None = arg(
         None, "length of the run in passes over the data", shown="1, where `train_iters` is none"

@@ -25,8 +25,12 @@ class Targets:
     """Per loss, int64 [m]: the token that each of them should predict."""
     dropped: list[int]
     """Per loss, targets left out because the heads' vocabulary lacks them."""
-    roots: Tensor
-    """int64 [n]: the token that follows each of the n rows."""
+    known: Tensor
+    """int64 [n, losses]: the tokens that follow each of the n rows, 0 behind a sample's end."""
+
+    teachers: list[Tensor]
+    """Per loss, int64 [m]: which of the n rows is the base's own guess of the same token; empty
+    where the row before the token is none of the n."""
 
     def counts(self) -> list[int]:
         """Targets per loss."""
@@ -46,28 +50,38 @@ def make_rows(samples: Sequence[Sample], device: torch.device) -> tuple[Tensor, 
 
 
 def make_targets(
-    samples: Sequence[Sample], distances: Sequence[int], device: torch.device
+    samples: Sequence[Sample],
+    distances: Sequence[int],
+    device: torch.device,
+    *,
+    taught: bool = False,
 ) -> Targets:
     """The targets of a micro-batch for losses that look `distances` tokens ahead.
 
     Row t of a sample is compared with its token t + distance where that token counts; so a loss
     never looks beyond the end of a sample.
+
+    taught: with `teachers`, whose rows are then among the n too.
     """
-    positions, roots, at, base = [], [], 0, 0
+    positions, known, at, base = [], [], 0, 0
     rows: list[list[np.ndarray]] = [[] for _ in distances]
     tokens: list[list[np.ndarray]] = [[] for _ in distances]
+    teachers: list[list[np.ndarray]] = [[] for _ in distances]
     for sample in samples:
         ids = sample.tokens
         counts = sample.targets
-        needed = needed_rows(counts, distances)
+        needed = needed_rows(counts, (1, *distances) if taught else distances)
         place = np.cumsum(needed) - 1  # of a needed row among the needed ones
         for index, distance in enumerate(distances):
             looking = np.flatnonzero(counts[distance:])
             rows[index].append(place[looking] + base)
             tokens[index].append(ids[looking + distance])
+            behind = looking + distance - 1 if taught else looking[:0]
+            teachers[index].append(place[behind] + base)
         found = np.flatnonzero(needed)
         positions.append(found + at)
-        roots.append(ids[found + 1])
+        padded = np.pad(ids, (0, len(distances)))
+        known.append(padded[found[:, None] + 1 + np.arange(len(distances))])
         at, base = at + len(ids), base + len(found)
 
     def tensor(parts: list[np.ndarray]) -> Tensor:
@@ -78,7 +92,8 @@ def make_targets(
         list(map(tensor, rows)),
         list(map(tensor, tokens)),
         [0] * len(distances),
-        tensor(roots),
+        tensor(known),
+        list(map(tensor, teachers)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,24 @@ CHUNK_LOGITS = 1 << 24
 """Logits of one chunk of rows: 64 MB in float32."""
 
 
+@dataclass(frozen=True)
+class Guesses:
+    """Distributions that are a part of what rows should give, beside their targets."""
+
+    table: Tensor
+    """float32 [m, vocab], each row a distribution."""
+    at: Tensor
+    """int64 [n]: the one of each row."""
+    share: float
+    """Its part in what a row should give; the rest is the target."""
+
+
 def cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scales: Tensor,
+    guesses: Guesses | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy of `hidden @ weight.T` against `targets`, in chunks of rows.
 
@@ -22,6 +39,7 @@ def cross_entropy(
     Args:
         hidden: [n, width]; weight: [vocab, width]; targets: int64 [n], rows of `weight`.
         scales: float32 [n], how much each row counts in the sum.
+        guesses: what rows should give besides their targets; then the loss is against both, mixed.
 
     Returns:
         The scaled sum, float32 [], with a gradient for `hidden` and `weight` where they want one;
@@ -29,7 +47,7 @@ def cross_entropy(
         bool [n].
     """
     total, losses, right = _CrossEntropy.apply(
-        hidden, weight, targets, scales, torch.is_grad_enabled()
+        hidden, weight, targets, scales, guesses, torch.is_grad_enabled()
     )
     return total, losses, right
 
@@ -37,7 +55,13 @@ def cross_entropy(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor, grad: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scales: Tensor,
+        guesses: Guesses | None,
+        grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = (grad and ctx.needs_input_grad[i] for i in (0, 1))
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -52,16 +76,24 @@ class _CrossEntropy(torch.autograd.Function):
             part, target = hidden[rows], targets[rows, None]
             logits = (part @ weight.T).float()
             best, index = logits.max(-1, keepdim=True)
-            picked = logits.gather(1, target)
+            wanted = logits.gather(1, target)
+            if guesses is not None:
+                soft, share = guesses.table[guesses.at[rows]], guesses.share
+                wanted.mul_(1 - share).add_((soft * logits).sum(-1, keepdim=True), alpha=share)
             logits.sub_(best).exp_()
             sums = logits.sum(-1, keepdim=True)
-            losses[rows] = (sums.log() + best - picked)[:, 0]
+            losses[rows] = (sums.log() + best - wanted)[:, 0]
             right[rows] = (index == target)[:, 0]
             if grad_hidden is None and grad_weight is None:
                 continue
-            # Softmax less one at the target, times the row's scale.
+            # Softmax less what is wanted, times the row's scale.
             scale = scales[rows, None]
-            slope = logits.mul_(scale / sums).scatter_add_(1, target, -scale)
+            slope = logits.mul_(scale / sums)
+            if guesses is None:
+                slope.scatter_add_(1, target, -scale)
+            else:
+                slope.scatter_add_(1, target, (share - 1) * scale)
+                slope.sub_(soft.mul_(share * scale))
             if grad_hidden is not None:
                 grad_hidden[rows] = slope.to(weight.dtype) @ weight
             if grad_weight is not None:
@@ -77,6 +109,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (
             None if hidden is None else hidden * by,
             None if weight is None else weight * by.to(weight.dtype),
+            None,
             None,
             None,
             None,

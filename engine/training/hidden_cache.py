@@ -26,6 +26,7 @@ from engine.errors import EngineError
 from engine.paths import cache_dir
 from engine.training.batch import make_rows, needed_rows
 from engine.training.checkpoint import sync
+from engine.training.int8_base import Int8Base
 from engine.training.mesh import Mesh
 from engine.training.pipeline import Pipeline
 from engine.training.reading import LazySamples, RowStream
@@ -64,8 +65,14 @@ class HiddenCache:
             self._rows.append(at)
         self._open: dict[int, np.ndarray] = {}
 
-    def fill(self, pipeline: Pipeline, mesh: Mesh, progress: Callable[[int, int], None]) -> None:
-        """Compute what is not there yet; every rank must call this.
+    def fill(
+        self,
+        pipeline: Pipeline,
+        mesh: Mesh,
+        progress: Callable[[int, int], None],
+        int8: Int8Base | None = None,
+    ) -> None:
+        """Compute what is not there yet, by `int8` where given; every rank must call this.
 
         The replicas share the work. `progress` is called with the shards done and their total.
 
@@ -75,7 +82,7 @@ class HiddenCache:
         missing = self._missing(mesh)
         for done, shard in enumerate(missing[mesh.replica :: mesh.dp]):
             progress(len(self.shards) - len(missing) + done * mesh.dp, len(self.shards))
-            self._compute(pipeline, shard)
+            self._compute(pipeline, shard, int8)
         mesh.world.wait()
         if missing and self._missing(mesh):
             raise EngineError(
@@ -94,7 +101,7 @@ class HiddenCache:
     def _file(self, shard: int) -> Path:
         return self.folder / f"shard_{shard:05}.safetensors"
 
-    def _compute(self, pipeline: Pipeline, shard: int) -> None:
+    def _compute(self, pipeline: Pipeline, shard: int, int8: Int8Base | None) -> None:
         span = self.shards[shard]
         samples = self.samples[span.start : span.stop]
         parts = [
@@ -108,7 +115,10 @@ class HiddenCache:
             needed = torch.from_numpy(np.concatenate(masks)).to(hidden.device)
             kept.append(hidden[needed].to("cpu", DTYPE))
 
-        pipeline.forward([make_rows(part, pipeline.device) for part in parts], keep)
+        if int8 is not None:
+            int8.forward(parts, keep)
+        else:
+            pipeline.forward([make_rows(part, pipeline.device) for part in parts], keep)
         if pipeline.mesh.last:
             try:
                 self._write(shard, torch.cat(kept))
@@ -153,16 +163,24 @@ class HiddenCache:
 
 
 def cache_folder(
-    setting: str, model: Path, samples: Sequence[Sample], distances: Sequence[int]
+    setting: str,
+    model: Path,
+    samples: Sequence[Sample],
+    distances: Sequence[int],
+    *,
+    int8: bool = False,
 ) -> Path:
     """Where the hidden states of these samples are kept.
 
     Args:
         setting: "true" for a folder in Jupiter's cache, else the folder to keep them in.
+        int8: they are those of the base in int8.
     """
     root = cache_dir() / "hidden" if setting == "true" else Path(setting).expanduser()
     digest = hashlib.sha256(identity(find_weights(model).files).encode())
     digest.update(f"{DTYPE} {SHARD_TOKENS} {list(distances)} {data_digest(samples)}".encode())
+    if int8:
+        digest.update(b"int8")
     return root / f"{model.name}-{digest.hexdigest()[:16]}"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.model.medusa import MedusaLlamaForCausalLM
 from engine.training.batch import Targets, make_targets
-from engine.training.cross_entropy import cross_entropy
+from engine.training.cross_entropy import Guesses, cross_entropy
 from engine.training.template import Sample
 from engine.training.vocabulary import Vocabulary
 
@@ -25,6 +25,8 @@ class Objective:
         weights: of the heads' losses; the base's counts 1.
         vocabulary: the tokens that the heads are held to; None for all. Targets outside are
             dropped and counted. The base's own loss is always over all tokens.
+        soft: share of the frozen base's own distribution in what the heads should give; the rest
+            is the token itself.
     """
 
     def __init__(
@@ -32,12 +34,17 @@ class Objective:
         kind: Literal["medusa1", "medusa2"],
         weights: Sequence[float],
         vocabulary: Vocabulary | None,
+        *,
+        soft: float = 0.0,
     ) -> None:
         self.has_base = kind == "medusa2"
         self.vocabulary = vocabulary
         self.weights = [1.0, *weights] if self.has_base else list(weights)
         self.distances = tuple(range(1 if self.has_base else 2, len(weights) + 2))
         """Tokens that each loss looks ahead."""
+        self.soft = soft
+        self.looks = (1, *self.distances) if soft else self.distances
+        """As `distances`, and that of the base's rows that the heads learn from."""
         self._frozen: Tensor | None = None
         """The heads' rows of an `lm_head` that never changes."""
 
@@ -48,7 +55,7 @@ class Objective:
 
     def targets(self, samples: Sequence[Sample], device: torch.device) -> Targets:
         """The targets of a micro-batch."""
-        targets = make_targets(samples, self.distances, device)
+        targets = make_targets(samples, self.distances, device, taught=self.soft > 0)
         if self.vocabulary is None:
             return targets
         return self.vocabulary.restrict(targets, range(self.first_head, len(self.distances)))
@@ -77,24 +84,30 @@ class Objective:
             the number predicted rightly, float64 [2, losses].
         """
         lm_head = model.lm_head.weight if base_learns else model.lm_head.weight.detach()
+        shared = model.heads.vocab_size is None
         total = hidden.new_zeros((), dtype=torch.float32)
         figures = []
         if self.has_base:
-            part, figure = self._compare([hidden[targets.rows[0]]], lm_head, targets, scales, 0)
+            inputs = [hidden[targets.rows[0]]]
+            part, figure = self._compare(inputs, lm_head, targets, scales, 0, None)
             total, figures = total + part, [figure]
-        shared = model.heads.vocab_size is None
+        shared_weight = lm_head
+        if shared or self.soft:
+            shared_weight = self._shared_weight(lm_head)
+        soft = self._own_guesses(hidden, shared_weight)
         inputs = []
         for head in range(model.heads.num_heads):
             rows = targets.rows[self.first_head + head]
-            inputs.append(model.head_hidden(head, hidden[rows], targets.roots[rows]))
+            inputs.append(model.head_hidden(head, hidden[rows], targets.known[rows]))
         if shared:
-            weight = self._shared_weight(lm_head)
-            part, figure = self._compare(inputs, weight, targets, scales, self.first_head)
+            part, figure = self._compare(
+                inputs, shared_weight, targets, scales, self.first_head, soft
+            )
             return total + part, torch.cat([*figures, figure], dim=1)
         for head, module in enumerate(model.medusa_head):
             weight = module[-1].weight  # type: ignore[index]
             index = self.first_head + head
-            part, figure = self._compare([inputs[head]], weight, targets, scales, index)
+            part, figure = self._compare([inputs[head]], weight, targets, scales, index, soft)
             total, figures = total + part, [*figures, figure]
         return total, torch.cat(figures, dim=1)
 
@@ -108,13 +121,19 @@ class Objective:
             self._frozen = lm_head[self.vocabulary.ids]
         return self._frozen
 
-    @staticmethod
+    @torch.no_grad()
+    def _own_guesses(self, hidden: Tensor, weight: Tensor) -> Tensor | None:
+        """The base's distribution over the heads' tokens at every row, float32 [n, tokens]."""
+        return (hidden @ weight.T).float().softmax(-1) if self.soft else None
+
     def _compare(
+        self,
         inputs: Sequence[Tensor],
         weight: Tensor,
         targets: Targets,
         scales: Sequence[float],
         first: int,
+        soft: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """As `loss`, of the losses from `first` on that have these inputs and share `weight`."""
         span = range(first, first + len(inputs))
@@ -123,7 +142,13 @@ class Objective:
             [torch.full((n,), scales[i]) for n, i in zip(sizes, span, strict=True)]
         ).to(weight.device)
         tokens = torch.cat([targets.tokens[i] for i in span])
-        total, losses, right = cross_entropy(torch.cat(list(inputs)), weight, tokens, row_scales)
+        if soft is None:
+            guesses = None
+        else:
+            guesses = Guesses(soft, torch.cat([targets.teachers[i] for i in span]), self.soft)
+        total, losses, right = cross_entropy(
+            torch.cat(list(inputs)), weight, tokens, row_scales, guesses
+        )
         sums = [
             torch.stack([part.double().sum(), hits.double().sum()])
             for part, hits in zip(losses.split(sizes), right.split(sizes), strict=True)

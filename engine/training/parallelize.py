@@ -58,14 +58,14 @@ def parallelize(
     # Pipeline: each stage holds its own layers; embedding first, norm, lm_head and heads last.
     layers = stage_layers(config.num_hidden_layers, mesh.pp, split)[mesh.stage]
     if (
-        heads.kind == "root"
+        heads.kind != "resblock"
         and Role.BASE in roles
         and mesh.pp > 1
         and not config.tie_word_embeddings
     ):
         raise ConfigError(
-            "--medusa_head_kind root: with medusa2 and an embedding that is not tied to lm_head, "
-            "the last stage has no way to see the embedding learn; use one stage or medusa1"
+            f"--medusa_head_kind {heads.kind}: with medusa2 and an embedding that is not tied to "
+            "lm_head, the last stage cannot see the embedding learn; use one stage or medusa1"
         )
     base_dtype = torch.float32 if Role.BASE in roles else dtype
     model = build(config, folder, heads, layers, mesh, device, base_dtype)

@@ -145,7 +145,12 @@ def prepare(args: TrainArguments) -> Session:
     optimizer = Optimizer(part.buffers, _optimizer_options(args))
     if inputs.loader is not None:
         facts = _restore(inputs, inputs.loader, optimizer, facts, mesh)
-    objective = Objective(args.medusa_objective, args.head_weights, inputs.vocabulary)
+    objective = Objective(
+        args.medusa_objective,
+        args.head_weights,
+        inputs.vocabulary,
+        soft=args.medusa_soft_targets,
+    )
     return Session(
         inputs=inputs,
         mesh=mesh,
@@ -230,7 +235,7 @@ def head_shape(
         rows,
         token_map,
         args.medusa_head_kind,
-        inner if args.medusa_head_kind == "root" else 0,
+        0 if args.medusa_head_kind == "resblock" else inner,
     )
 
 
@@ -310,5 +315,7 @@ def _cache(inputs: Inputs, samples: Samples, objective: Objective) -> HiddenCach
     setting = inputs.args.cache_hidden_states
     if setting is None or isinstance(samples, RowStream) or not samples:
         return None
-    place = cache_folder(setting, inputs.folder, samples, objective.distances)
-    return HiddenCache(place, samples, objective.distances, inputs.config.hidden_size)
+    place = cache_folder(
+        setting, inputs.folder, samples, objective.looks, int8=inputs.args.load_in_8bit
+    )
+    return HiddenCache(place, samples, objective.looks, inputs.config.hidden_size)

@@ -19,6 +19,7 @@ from engine.training.data import micro_batches, sequences
 from engine.training.export import export_base, export_heads
 from engine.training.figures import Losses, Step
 from engine.training.hidden_cache import HiddenCache
+from engine.training.int8_base import Int8Base
 from engine.training.mesh import leave
 from engine.training.metrics import RunLog
 from engine.training.optimizer import Role, global_norm
@@ -308,9 +309,13 @@ class Trainer:
             if self.log is not None:
                 self.log.note(f"hidden states: {done} of {total} parts")
 
+        int8, inputs = None, self.inputs
+        if self.args.load_in_8bit:
+            longest = max(map(len, (*inputs.samples, *inputs.held_out)))
+            int8 = Int8Base(inputs.folder, inputs.device, longest)
         for cache in (self.session.cache, self.session.held_out_cache):
             if cache is not None:
-                cache.fill(self.session.pipeline, self.mesh, progress)
+                cache.fill(self.session.pipeline, self.mesh, progress, int8)
 
 
 def _counts(targets: Sequence[Targets], losses: int) -> Tensor:

@@ -30,12 +30,15 @@ class Vocabulary:
     def restrict(self, targets: Targets, losses: range) -> Targets:
         """Targets of these losses as rows; those left out are dropped and counted."""
         rows, tokens, dropped = list(targets.rows), list(targets.tokens), list(targets.dropped)
+        teachers = list(targets.teachers)
         for index in losses:
             row = self.rows[tokens[index]]
             kept = row >= 0
             dropped[index] = len(row) - int(kept.sum())
             rows[index], tokens[index] = rows[index][kept], row[kept]
-        return replace(targets, rows=rows, tokens=tokens, dropped=dropped)
+            if len(teachers[index]):
+                teachers[index] = teachers[index][kept]
+        return replace(targets, rows=rows, tokens=tokens, dropped=dropped, teachers=teachers)
 
 
 def most_frequent(samples: Sequence[Sample], size: int, keep: int) -> Tensor:

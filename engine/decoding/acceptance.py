@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from engine.decoding.calibrate import MISS, Path, Ranks, hit_path, steps
+from engine.decoding.drafted import Drafted
 
 CANDIDATES = 10
 """Candidates of each head that are looked at."""
@@ -125,21 +126,28 @@ class LiveAcceptance:
         self._seen = [0.0] * start.num_heads
         self._hits = [[0.0] * CANDIDATES for _ in range(start.num_heads)]
 
-    def observe(self, candidates: Sequence[Sequence[int]], tokens: Iterable[int]) -> None:
+    def observe(self, drafted: Drafted, tokens: Iterable[int]) -> None:
         """Learn from a step: what the heads had drafted, and the tokens that stand after it.
 
-        `candidates[h]` are head h's tokens, likeliest first. A step tells nothing of the depths
-        behind the first token that was no candidate, or behind its last token.
+        A step tells nothing of the depths behind the first token that was no candidate, behind a
+        node that no candidates were drafted at, or behind its last token.
         """
-        for depth, (drafted, token) in enumerate(zip(candidates, tokens, strict=False)):
+        path: Path = ()
+        for depth, token in enumerate(tokens):
+            candidates = drafted.behind(path)
+            if not candidates:
+                return
             self._seen[depth] = self._seen[depth] * self._fade + 1.0
             hits = self._hits[depth]
             for rank in range(CANDIDATES):
                 hits[rank] *= self._fade
-            rank = next((r for r, each in enumerate(drafted[:CANDIDATES]) if each == token), MISS)
+            rank = next(
+                (r for r, each in enumerate(candidates[:CANDIDATES]) if each == token), MISS
+            )
             if rank == MISS:
                 return
             hits[rank] += 1.0
+            path = (*path, rank)
 
     def share(self, depth: int, rank: int) -> float:
         """As `Acceptance.share`, with the start and the latest steps together."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from engine.errors import ConfigError
 
@@ -76,6 +76,12 @@ class Tree:
         return tuple(sorted(set(self.parents[1:])))
 
     @cached_property
+    def inner_places(self) -> dict[tuple[int, ...], int]:
+        """Place among `inner` of each of them, by its path."""
+        paths = ((), *self.paths)
+        return {paths[node]: place for place, node in enumerate(self.inner)}
+
+    @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The inner nodes by their depth, from the root on."""
         found: list[Level] = []
@@ -86,11 +92,6 @@ class Tree:
             found.append(Level(parents, [self.ranks[node] for node in nodes]))
             places = {node: place for place, node in enumerate(nodes)}
         return tuple(found)
-
-    def tokens(self, root: int, candidates: Sequence[Sequence[int]]) -> list[int]:
-        """Token of every node; `candidates[h]` are head h's tokens, likeliest first."""
-        nodes = zip(self.depths[1:], self.ranks[1:], strict=True)
-        return [root, *(candidates[depth - 1][rank] for depth, rank in nodes)]
 
 
 ROOT_ONLY = Tree((-1,), (0,), (0,))
@@ -138,6 +139,13 @@ def choose_tree(
     if isinstance(choices, str):
         choices = {**PRESETS, **(own or {})}["mc_63" if choices == "auto" else choices]
     return build_tree(choices, num_heads)
+
+
+@lru_cache(maxsize=64)
+def with_chain(tree: Tree, depth: int) -> Tree:
+    """The tree and the likeliest path of `depth` tokens, so that so many heads have work."""
+    chain = [(0,) * length for length in range(1, depth + 1)]
+    return build_tree({*tree.paths, *chain}, max(depth, tree.depth))
 
 
 def depths_of(parents: Sequence[int]) -> list[int]:

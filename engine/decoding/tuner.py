@@ -9,15 +9,16 @@ acceptance.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
 from engine.decoding.acceptance import CANDIDATES, Acceptance, LiveAcceptance, guessed
 from engine.decoding.calibrate import Path
+from engine.decoding.drafted import Drafted
 from engine.decoding.step_cost import StepCost
-from engine.decoding.tree import ROOT_ONLY, Tree, build_tree
+from engine.decoding.tree import ROOT_ONLY, Tree, build_tree, with_chain
 from engine.protocol import TreeChosen, TreeOption
 
 SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -54,10 +55,14 @@ class Drafting(Protocol):
     def heads(self) -> int:
         """How many heads it is to ask, the first ones; 0 for none."""
 
+    @property
+    def along(self) -> Tree | None:
+        """The tree that sequential heads are to draft along; None for other heads, or for none."""
+
     def step(self, sequences: int) -> Tree:
         """The tree for a decode step of so many sequences, which is put together now."""
 
-    def observe(self, candidates: Sequence[Sequence[int]], tokens: Iterable[int]) -> None:
+    def observe(self, drafted: Drafted, tokens: Iterable[int]) -> None:
         """After a step: what had been drafted for it, and the tokens that stand."""
 
     def timed(self, rows: int, seconds: float, *, tree: Tree, heads: int) -> None:
@@ -73,8 +78,9 @@ class Drafting(Protocol):
 class FixedTree:
     """A tree that the config names: nothing is learned."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, *, sequential: bool = False) -> None:
         self.tree = tree
+        self.along = tree if sequential and tree.depth else None
         self.width = tree.width if tree.depth else 0
         self.heads = tree.depth
 
@@ -82,7 +88,7 @@ class FixedTree:
         """Always the same."""
         return self.tree
 
-    def observe(self, candidates: Sequence[Sequence[int]], tokens: Iterable[int]) -> None:
+    def observe(self, drafted: Drafted, tokens: Iterable[int]) -> None:
         """Nothing."""
 
     def timed(self, rows: int, seconds: float, *, tree: Tree, heads: int) -> None:
@@ -113,9 +119,16 @@ class TreeTuner:
         num_heads: of the engine; one at least.
         calibration: counts stored beside the heads; a guess where there are none, or of fewer
             heads.
+        sequential: the heads see what was drafted before them, so that they draft along a tree.
     """
 
-    def __init__(self, num_heads: int, calibration: Acceptance | None = None) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        calibration: Acceptance | None = None,
+        *,
+        sequential: bool = False,
+    ) -> None:
         if calibration is None or calibration.num_heads < num_heads or not calibration.seen[0]:
             self._live = LiveAcceptance(guessed(num_heads), weight=GUESSED_WEIGHT)
         else:
@@ -124,11 +137,14 @@ class TreeTuner:
         self.cost = StepCost()
         self.tree = ROOT_ONLY
         self._num_heads = num_heads
+        self._sequential = sequential
         self._first_head = 1.0 / num_heads
         self._sequences = 1
         self._steps = 0
         self._turn = 0
         self._tried = self.tree
+        self._expected: Tree | None = None
+        """Of the next step; None where that was not asked yet."""
         self._news: TreeChosen | None = None
         self._decide()
 
@@ -146,6 +162,20 @@ class TreeTuner:
         if self._tried.size == 1:
             return 0  # a step without drafts is compared as one
         return self.tree.depth if after % LEARN_EVERY else self._num_heads
+
+    @property
+    def along(self) -> Tree | None:
+        """See Drafting: that of the next step, as far as it is known now."""
+        if not self._sequential or not self.heads:
+            return None
+        if self._expected is None:
+            after = self._steps + 1
+            self._expected = self._other(self._turn + 1) if self._compares(after) else self.tree
+        return with_chain(self._expected, self.heads)
+
+    def _compares(self, step: int) -> bool:
+        every = COMPARE_EVERY if self.tree.size > 1 else PLAIN_DRAFT_EVERY
+        return step % every == 0
 
     def largest(self) -> Tree:
         """The largest tree that may be chosen."""
@@ -176,13 +206,15 @@ class TreeTuner:
         if sequences != self._sequences or self._steps % DECIDE_EVERY == 0:
             self._sequences = sequences
             self._decide()
-        every = COMPARE_EVERY if self.tree.size > 1 else PLAIN_DRAFT_EVERY
-        self._tried = self.tree if self._steps % every else self._other()
+        self._tried, self._expected = self.tree, None
+        if self._compares(self._steps):
+            self._turn += 1
+            self._tried = self._other(self._turn)
         return self._tried
 
-    def observe(self, candidates: Sequence[Sequence[int]], tokens: Iterable[int]) -> None:
+    def observe(self, drafted: Drafted, tokens: Iterable[int]) -> None:
         """See Drafting."""
-        self._live.observe(candidates, tokens)
+        self._live.observe(drafted, tokens)
 
     def timed(self, rows: int, seconds: float, *, tree: Tree, heads: int) -> None:
         """See Drafting."""
@@ -244,8 +276,8 @@ class TreeTuner:
         shares = dict(self._live.paths())
         return 1.0 + sum(shares.get(path, 0.0) for path in tree.paths)
 
-    def _other(self) -> Tree:
-        """In turn: the most promising of the others, one larger, none at all, one smaller.
+    def _other(self, turn: int) -> Tree:
+        """By turns the most promising of the others, one larger, none at all, one smaller.
 
         What promises least is tried as well: its cost may have been taken for too high.
         """
@@ -256,8 +288,7 @@ class TreeTuner:
         smaller = [gain.tree for gain in others if gain.tree.size < self.tree.size]
         larger = [gain.tree for gain in others if gain.tree.size > self.tree.size]
         best = max(others, key=_rate).tree
-        self._turn = (self._turn + 1) % 4
-        match self._turn:
+        match turn % 4:
             case 1:
                 return best
             case 2:

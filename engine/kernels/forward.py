@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.decoding.tree import depths_of
+from engine.decoding.tree import ROOT_ONLY, Tree, depths_of, with_chain
 from engine.kernels.build import NoKernelsError
 from engine.kernels.native import (
     COLS,
@@ -25,9 +25,10 @@ from engine.kernels.native import (
     pack,
 )
 from engine.model.config import ModelConfig
+from engine.model.head_kinds import tokens_seen
 from engine.model.kv_cache import KVStore
 from engine.model.llama import LlamaDecoderLayer
-from engine.model.medusa import MedusaLlamaForCausalLM, RootBlock
+from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, RootBlock, draft_along
 from engine.model.quantize import QuantizedLinear
 from engine.pipeline.batch import Entry
 
@@ -49,7 +50,7 @@ class NativeForward:
 
     def __init__(self, model: MedusaLlamaForCausalLM, threads: int) -> None:
         config = model.config
-        if problem := _problem(config):
+        if problem := _problem(config, model.heads):
             raise NoKernelsError(problem)
         self._model, self._kernels, self.threads = model, Kernels(threads), threads
         layers = [_pack_layer(layer) for layer in model.model.layers]  # type: ignore[arg-type]
@@ -101,9 +102,20 @@ class NativeForward:
         """See Forward; the logits themselves are never stored."""
         return self._kernels.best(self._lm_head, hidden, self._model.config.vocab_size)
 
-    def draft(self, hidden: Tensor, roots: Tensor, k: int, heads: int | None = None) -> Tensor:
+    def draft(
+        self,
+        hidden: Tensor,
+        roots: Tensor,
+        k: int,
+        heads: int | None = None,
+        tree: Tree | None = None,
+    ) -> Tensor:
         """As MedusaLlamaForCausalLM.draft."""
-        return self._heads.draft(hidden, roots, k, heads)
+        return self._heads.draft(hidden, roots, k, heads, tree)
+
+    def guess(self, head: int, hidden: Tensor, known: Tensor, k: int) -> Tensor:
+        """As MedusaLlamaForCausalLM.guess."""
+        return self._heads.guess(head, hidden, known, k)
 
 
 class _Heads:
@@ -132,8 +144,13 @@ class _Heads:
         lists = [each for parts in self._packed for each in parts.values()]
         self.nbytes += sum(packed.nbytes for each in lists for packed in each)
 
-    def draft(self, hidden: Tensor, roots: Tensor, k: int, count: int | None) -> Tensor:
+    def draft(
+        self, hidden: Tensor, roots: Tensor, k: int, count: int | None, tree: Tree | None
+    ) -> Tensor:
         model, heads, run = self._model, self._model.heads, self._kernels.linears
+        if heads.kind == "hydra":
+            tree = tree or with_chain(ROOT_ONLY, count or heads.num_heads)
+            return draft_along(tree, roots, lambda head, known: self.guess(head, hidden, known, k))
         width = hidden.shape[1]
         n = heads.num_heads if count is None else min(count, heads.num_heads)
         x = hidden.expand(n, *hidden.shape)
@@ -154,19 +171,41 @@ class _Heads:
             best = token_map[best]
         return best.view(n, len(hidden), k).transpose(0, 1)
 
+    def guess(self, head: int, hidden: Tensor, known: Tensor, k: int) -> Tensor:
+        n, nodes, _ = known.shape
+        rows = hidden[:, None].expand(n, nodes, -1).flatten(0, 1)
+        run, width, x = self._kernels.linear, hidden.shape[1], rows
+        for parts in self._packed:
+            if "fc1" in parts:
+                seen = known.flatten(0, 1)[:, : tokens_seen(self._model.heads.kind, head)]
+                inner = F.silu(run(parts["fc1"][head], RootBlock.inputs(rows, self._embed(seen))))
+                x = x + run(parts["fc2"][head], inner)[..., :width]
+            elif "linear" in parts:
+                x = x + F.silu(run(parts["linear"][head], x)[..., :width])
+            else:
+                x = run(parts["output"][head], x)
+        if self._model.heads.vocab_size is None:
+            x = run(self._lm_head, x)
+        best = self._kernels.top(x, self._width, k)
+        if (token_map := self._model.draft_tokens) is not None:
+            best = token_map[best]
+        return best.view(n, nodes, k)
+
     def _embed(self, roots: Tensor) -> Tensor:
         model = self._model
         if hasattr(model, "root_embedding") or hasattr(model.model, "embed_tokens"):
             return model.embed_root(roots)
-        return self._tied.rows(roots)
+        return self._tied.rows(roots.flatten()).view(*roots.shape, -1)
 
 
-def _problem(config: ModelConfig) -> str:
+def _problem(config: ModelConfig, heads: HeadShape) -> str:
     """Why a model of this shape cannot run on the kernels; "" where it can."""
     if config.hidden_size % PAIR or config.intermediate_size % COLS:
         return (
             f"widths of {config.hidden_size} and {config.intermediate_size} are not in 32s and 16s"
         )
+    if heads.inner_size % COLS:
+        return f"the heads' inner size {heads.inner_size} is not in {COLS}s"
     if config.head_dim not in HEAD_DIMS:
         return f"head_dim {config.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
     return ""

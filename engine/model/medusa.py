@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.decoding.tree import Tree
+from engine.decoding.tree import ROOT_ONLY, Tree, with_chain
 from engine.model.config import ModelConfig
 from engine.model.head_kinds import HeadKind, tokens_seen
 from engine.model.llama import LlamaDecoderLayer, LlamaModel, Rows
@@ -182,12 +182,12 @@ class MedusaLlamaForCausalLM(nn.Module):
             roots: int64 [n], the token that follows each.
             k: length of a list.
             heads: how many, the first ones; None for all.
-            tree: for "hydra" heads, at most as deep as there are heads.
+            tree: for "hydra" heads, at most as deep as there are heads; None for one path.
         """
-        if self.heads.kind == "hydra":
-            assert tree is not None
-            return draft_along(tree, roots, lambda head, known: self._best(head, hidden, known, k))
         count = self.heads.num_heads if heads is None else min(heads, self.heads.num_heads)
+        if self.heads.kind == "hydra":
+            tree = tree or with_chain(ROOT_ONLY, count)
+            return draft_along(tree, roots, lambda head, known: self.guess(head, hidden, known, k))
         known = roots[:, None]
         outputs = [self.head_hidden(h, hidden, known) for h in range(count)]
         if self.heads.vocab_size is None:
@@ -197,8 +197,13 @@ class MedusaLlamaForCausalLM(nn.Module):
             logits = torch.stack([head[-1](x) for head, x in pairs])  # type: ignore[index]
         return self._tokens(logits.topk(k, dim=-1).indices).transpose(0, 1)
 
-    def _best(self, head: int, hidden: Tensor, known: Tensor, k: int) -> Tensor:
-        """One head's lists [n, nodes, k] for nodes behind tokens `known`, [n, nodes, tokens]."""
+    def guess(self, head: int, hidden: Tensor, known: Tensor, k: int) -> Tensor:
+        """One head's likeliest tokens int64 [n, nodes, k], behind each of several nodes.
+
+        Args:
+            hidden: normed, [n, hidden_size].
+            known: int64 [n, nodes, tokens], from the root to each node.
+        """
         n, nodes, _ = known.shape
         rows = hidden[:, None].expand(n, nodes, -1).flatten(0, 1)
         x = self.head_hidden(head, rows, known.flatten(0, 1))

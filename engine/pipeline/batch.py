@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.decoding.accept import AcceptRule
-from engine.decoding.tree import MAX_NODES, depths_of
+from engine.decoding.tree import MAX_NODES, ROOT_ONLY, Tree, depths_of
 from engine.model.kv_cache import KVCache, KVStore
 from engine.model.llama import Group, Rows, Segment
 
@@ -62,6 +62,8 @@ class Entry:
     """Candidates wanted of each Medusa head."""
     draft_heads: int = 0
     """How many heads are to draft, the first ones; 0 for all of them."""
+    draft_tree: Tree | None = None
+    """That sequential heads are to draft along; the same for all entries of a micro-batch."""
     rule: AcceptRule = field(default_factory=AcceptRule)
     point: int = 0
     """The point of an outline answer that the sequence writes, from 1; only for figures."""
@@ -77,7 +79,7 @@ class Result:
     """Accepted nodes, root first."""
     next_token: int
     candidates: list[list[int]]
-    """Per head its likeliest tokens, for the next step's tree."""
+    """Lists of likeliest tokens, for the next step's tree; see Drafted."""
 
 
 _ENTRY = struct.Struct("<12q4d")
@@ -100,6 +102,8 @@ def encode_batch(entries: Sequence[Entry], crowd: int = 1) -> list[int]:
         numbers += e.tokens
         numbers += e.parents
         numbers += e.keep
+        tree = e.draft_tree or ROOT_ONLY
+        numbers += (tree.size, *tree.parents, *tree.ranks)
         for copy in e.copies:
             numbers += copy
     return numbers
@@ -126,12 +130,25 @@ def decode_batch(numbers: Sequence[int]) -> list[Entry]:
                 judge=Judge(judge),
                 draft_width=width,
                 draft_heads=heads,
+                draft_tree=_tree(take),
                 rule=AcceptRule(rule, temperature, top_p, threshold, alpha, seed),
                 point=point,
                 copies=[Copy(*take.many(3)) for _ in range(copies)],
             )
         )
     return entries
+
+
+def _tree(take: _Reader) -> Tree | None:
+    size = take.one()
+    tree = _same_tree(tuple(take.many(size)), tuple(take.many(size)))
+    return tree if tree.depth else None
+
+
+@lru_cache(maxsize=64)
+def _same_tree(parents: tuple[int, ...], ranks: tuple[int, ...]) -> Tree:
+    """One object for equal trees, which keeps what it has worked out."""
+    return Tree(parents, tuple(depths_of(parents)), ranks)
 
 
 def crowd_of(numbers: Sequence[int]) -> int:

@@ -63,9 +63,10 @@ class Plan:
 
     def drafting(self) -> Drafting:
         """Where rank 0 has its trees from: a new tuner, or the tree that the config names."""
+        sequential = self.heads.kind == "hydra"
         if self.tuned:
-            return TreeTuner(self.heads.num_heads, self.acceptance)
-        return FixedTree(self.tree)
+            return TreeTuner(self.heads.num_heads, self.acceptance, sequential=sequential)
+        return FixedTree(self.tree, sequential=sequential)
 
     def layers(self, rank: int) -> range:
         """The decoder layers of a stage, by their numbers in the whole model."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from engine.decoding.tree import ROOT_ONLY, Tree
+from engine.decoding.tree import Tree
 from engine.decoding.tuner import Drafting
 from engine.pipeline.batch import Entry, Judge
 from engine.pipeline.sequence import Sequence as Running
@@ -122,8 +122,8 @@ class Composer:
 
     def _decode_entry(self, sequence: Running, tree: Tree) -> Entry:
         # While another tree was in use, nothing was drafted for it, or by fewer heads.
-        sequence.tree = tree = tree if len(sequence.candidates) >= tree.depth else ROOT_ONLY
-        tokens = tree.tokens(sequence.tokens[-1], sequence.candidates)
+        sequence.tree = tree = sequence.drafted.cut(tree)
+        tokens = sequence.drafted.tokens(tree, sequence.tokens[-1])
         entry = self._entry(sequence, tokens, tree.parents)
         entry.judge = Judge.TREE
         sequence.in_flight = True
@@ -140,6 +140,7 @@ class Composer:
             keep_to=sequence.keep_to,
             draft_width=self.drafting.width,
             draft_heads=self.drafting.heads,
+            draft_tree=self.drafting.along,
             rule=sequence.rule,
             point=sequence.point,
         )

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.decoding.tree import Tree
 from engine.model.kv_cache import KVStore
 from engine.model.medusa import MedusaLlamaForCausalLM
 from engine.pipeline.batch import Entry, attention_rows
@@ -43,8 +44,18 @@ class Forward(Protocol):
     def best(self, hidden: Tensor) -> list[int]:
         """The likeliest token of each row of normed hidden states."""
 
-    def draft(self, hidden: Tensor, roots: Tensor, k: int, heads: int | None = None) -> Tensor:
+    def draft(
+        self,
+        hidden: Tensor,
+        roots: Tensor,
+        k: int,
+        heads: int | None = None,
+        tree: Tree | None = None,
+    ) -> Tensor:
         """As MedusaLlamaForCausalLM.draft."""
+
+    def guess(self, head: int, hidden: Tensor, known: Tensor, k: int) -> Tensor:
+        """As MedusaLlamaForCausalLM.guess."""
 
 
 class ModuleForward:
@@ -89,6 +100,17 @@ class ModuleForward:
         """See Forward."""
         return self._model.lm_head(hidden).argmax(dim=-1).tolist()
 
-    def draft(self, hidden: Tensor, roots: Tensor, k: int, heads: int | None = None) -> Tensor:
+    def draft(
+        self,
+        hidden: Tensor,
+        roots: Tensor,
+        k: int,
+        heads: int | None = None,
+        tree: Tree | None = None,
+    ) -> Tensor:
         """See Forward."""
-        return self._model.draft(hidden, roots, k, heads)
+        return self._model.draft(hidden, roots, k, heads, tree)
+
+    def guess(self, head: int, hidden: Tensor, known: Tensor, k: int) -> Tensor:
+        """See Forward."""
+        return self._model.guess(head, hidden, known, k)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from engine.decoding.acceptance import CANDIDATES
+from engine.decoding.tree import MC_63, Tree, build_tree, with_chain
 from engine.decoding.tuner import SIZES
 from engine.pipeline.batch import Entry, Judge, encode_batch
 from engine.pipeline.link import Kind, Link
@@ -51,7 +52,9 @@ def rehearse(
 
     def seconds(nodes: int, draft_width: int = CANDIDATES, heads: int = 0) -> float:
         began = clock()
-        _step(stage, link, last, _entry(start, nodes, draft_width, heads))
+        most = heads or stage.model.heads.num_heads
+        along = with_chain(build_tree(MC_63[: nodes - 1], most), most)
+        _step(stage, link, last, _entry(start, nodes, draft_width, heads, along))
         return clock() - began
 
     seconds(min(WARM_UP, largest))
@@ -68,7 +71,7 @@ def rehearse(
     return found, undrafted, one_head
 
 
-def _entry(start: int, nodes: int, draft_width: int, heads: int) -> Entry:
+def _entry(start: int, nodes: int, draft_width: int, heads: int, along: Tree) -> Entry:
     return Entry(
         slot=0,
         start=start,
@@ -77,6 +80,7 @@ def _entry(start: int, nodes: int, draft_width: int, heads: int) -> Entry:
         judge=Judge.TREE,
         draft_width=draft_width,
         draft_heads=heads,
+        draft_tree=along,
     )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import JupiterConfig
+from engine.decoding.drafted import Drafted
 from engine.decoding.tuner import Drafting
 from engine.errors import PromptError, StageLostError
 from engine.pipeline.batch import Copy, Entry, Judge, Result, decode_results, encode_batch
@@ -327,7 +328,8 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, entry: Entry, result: Result) -> None:
         tokens = [entry.tokens[node] for node in result.path[1:]] + [result.next_token]
-        drafted, sequence.candidates = sequence.candidates, result.candidates
+        drafted = sequence.drafted
+        sequence.drafted = Drafted(result.candidates, entry.draft_tree)
         if entry.judge is Judge.TREE:
             start, length = entry.start, len(result.path)
             sequence.count_step(length)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.decoding.accept import AcceptRule
+from engine.decoding.drafted import Drafted
 from engine.decoding.tree import ROOT_ONLY, Tree
 from engine.pipeline.slots import Slot
 from engine.protocol import Finished, FinishReason, Generate, Metrics, Started, Transcript
@@ -59,7 +60,7 @@ class Sequence:
     transcript_wanted: bool = False
     keep: list[int] = field(default_factory=list)
     keep_to: int = 0
-    candidates: list[list[int]] = field(default_factory=list)
+    drafted: Drafted = field(default_factory=Drafted)
     tree: Tree = ROOT_ONLY
     """Of the decode step that is under way, or was last."""
     trace: bool = False

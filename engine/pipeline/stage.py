@@ -117,9 +117,10 @@ class Stage:
             roots = torch.tensor([result.next_token for result in results], device=self.device)
             wanted = [scores.entry.draft_heads for scores in judged]
             heads = max(wanted) if all(wanted) else None
-            drafts = self.forward.draft(torch.stack(ends), roots, width, heads).tolist()
+            tree = judged[0].entry.draft_tree
+            drafts = self.forward.draft(torch.stack(ends), roots, width, heads, tree).tolist()
             for each, result, tokens in zip(judged, results, drafts, strict=True):
-                result.candidates = [head[: each.entry.draft_width] for head in tokens]
+                result.candidates = [some[: each.entry.draft_width] for some in tokens]
         seconds = time.perf_counter() - began
         self.meter.count_judging(decode=is_decode(entries), seconds=seconds)
         return results

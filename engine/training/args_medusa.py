@@ -39,6 +39,12 @@ class Medusa:
         "width inside the first block of root and hydra heads",
         shown="twice the model's `hidden_size`",
     )
+    medusa_head_path: str | None = arg(
+        None,
+        "trained heads to begin with: a folder, `bundled:NAME` or a hub id; hydra heads may begin "
+        "with root heads, and narrower ones with wider ones",
+        none_words=NONE_WORDS,
+    )
     original_lm_head: bool = arg(
         True, "the heads share the base's `lm_head`; false: an output layer for each"
     )

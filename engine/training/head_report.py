@@ -177,15 +177,38 @@ def _ranks(stage: Stage, prompt: list[int], answer: list[int]) -> list[list[int]
     if not len(hidden):
         return []
     known = torch.tensor(tokens, device=stage.device)
-    roots = known[len(prompt) :][: len(hidden)]
-    pieces = zip(hidden.split(ROWS), roots.split(ROWS), strict=True)
-    drafts = torch.cat([stage.forward.draft(*piece, CANDIDATES) for piece in pieces])
+    follow = known[len(prompt) :]
+    drafts = torch.cat(
+        [
+            _drafts(stage, piece, follow[at : at + len(piece) + stage.model.heads.num_heads])
+            for at, piece in zip(range(0, len(hidden), ROWS), hidden.split(ROWS), strict=True)
+        ]
+    )
     ranks = torch.full(drafts.shape[:2], MISS, device=stage.device)
     for head in range(drafts.shape[1]):
         truth = known[len(prompt) + 1 + head :][: len(hidden)]
         hits = drafts[: len(truth), head] == truth[:, None]
         ranks[: len(truth), head] = torch.where(hits.any(-1), hits.int().argmax(-1), MISS)
     return ranks.tolist()
+
+
+def _drafts(stage: Stage, hidden: Tensor, follow: Tensor) -> Tensor:
+    """Candidates of each head, int64 [n, heads, CANDIDATES]; what a head sees is what was written.
+
+    follow: int64, the token behind the first of the n rows, and those after it.
+    """
+    heads = stage.model.heads
+    if heads.kind != "hydra":
+        return stage.forward.draft(hidden, follow[: len(hidden)], CANDIDATES)
+    padded = torch.nn.functional.pad(follow, (0, len(hidden) + heads.num_heads - len(follow)))
+    known = padded.unfold(0, heads.num_heads, 1)[: len(hidden), None]
+    return torch.cat(
+        [
+            stage.forward.guess(head, hidden, known[..., : head + 1], CANDIDATES)
+            for head in range(heads.num_heads)
+        ],
+        dim=1,
+    )
 
 
 def _hidden(stage: Stage, tokens: list[int]) -> Tensor:

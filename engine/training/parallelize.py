@@ -15,7 +15,8 @@ from torch import nn
 from engine.checkpoint.load import EMBEDDING, LM_HEAD, load_weights
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
-from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, ResBlock, RootBlock
+from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM
+from engine.training.begin_heads import begin_heads, go_on_from
 from engine.training.flat import FlatBuffer
 from engine.training.mesh import Mesh
 from engine.training.optimizer import Role, role_of
@@ -41,11 +42,13 @@ def parallelize(
     sharded: bool,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    trained: Path | None = None,
 ) -> Part:
     """Build this rank's part of the model in `folder` and say how its ranks work together.
 
     Args:
-        heads: of the last stage; they begin as copies of the base's own prediction.
+        heads: of the last stage; they begin as copies of the base's own prediction, or with
+            what those at `trained` have learnt.
         split: layers per stage; None splits evenly.
         roles: what learns.
         sharded: replicas share the optimizer's work and memory (ZeRO-1).
@@ -68,7 +71,7 @@ def parallelize(
             "lm_head, the last stage cannot see the embedding learn; use one stage or medusa1"
         )
     base_dtype = torch.float32 if Role.BASE in roles else dtype
-    model = build(config, folder, heads, layers, mesh, device, base_dtype)
+    model = build(config, folder, heads, layers, mesh, device, base_dtype, trained)
 
     # What learns; the rest keeps no gradient.
     learning = {
@@ -108,8 +111,12 @@ def build(
     mesh: Mesh,
     device: torch.device,
     dtype: torch.dtype,
+    trained: Path | None = None,
 ) -> MedusaLlamaForCausalLM:
-    """A stage with its weights in `dtype`, frozen, and new float32 heads if it is the last."""
+    """A stage with its weights in `dtype`, frozen, and float32 heads if it is the last.
+
+    They are new, or go on from those at `trained`.
+    """
     with torch.device("meta"):
         model = MedusaLlamaForCausalLM(
             config, heads, layers=layers, first=mesh.first, last=mesh.last
@@ -122,32 +129,6 @@ def build(
         model.medusa_head = modules.to_empty(device=device)
         assert isinstance(model.lm_head, nn.Linear)
         begin_heads(model.medusa_head, heads, model.lm_head)
+        if trained is not None:
+            go_on_from(model.medusa_head, heads, trained)
     return model.requires_grad_(False)
-
-
-@torch.no_grad()
-def begin_heads(modules: nn.Module, heads: HeadShape, lm_head: nn.Linear) -> None:
-    """Make heads that have learnt nothing: blocks without effect, output layers of `lm_head`.
-
-    So each first repeats what the base predicts for the next token (Cai et al. 2024, 2.2).
-    """
-    weight = lm_head.weight
-    if heads.token_map is not None:
-        weight = weight[torch.tensor(heads.token_map, device=weight.device)]
-    # The same numbers on every replica, whatever was drawn before.
-    generator = torch.Generator().manual_seed(torch.initial_seed())
-    for module in modules.modules():
-        if isinstance(module, ResBlock):
-            nn.init.zeros_(module.linear.weight)
-            nn.init.zeros_(module.linear.bias)
-        elif isinstance(module, RootBlock):
-            inner, width = module.fc1.weight.shape
-            drawn = torch.randn(inner, width, generator=generator) / width**0.5
-            module.fc1.weight.copy_(drawn)
-            for parameter in (module.fc1.bias, module.fc2.weight, module.fc2.bias):
-                nn.init.zeros_(parameter)
-    if heads.vocab_size is not None:
-        for head in modules.children():
-            output = list(head.children())[-1]
-            assert isinstance(output, nn.Linear)
-            output.weight.copy_(weight)

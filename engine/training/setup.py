@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.heads import HeadReader
 from engine.checkpoint.sources import fetch
 from engine.checkpoint.tokenizer import ensure_tokenizer
 from engine.errors import CheckpointError, ConfigError
@@ -50,6 +51,8 @@ class Inputs:
     """Steps of the run."""
     vocabulary: Vocabulary | None
     heads: HeadShape
+    trained: Path | None
+    """Heads to begin with."""
     device: torch.device
     export_dtype: torch.dtype
     """Of the weights that the run leaves: the model's own."""
@@ -94,7 +97,8 @@ def read_inputs(args: TrainArguments) -> Inputs:
     held_out = load_samples(args, codec, "eval", note=tell) if args.eval_iters else []
     loader = open_checkpoint(args, tell)
     total = _steps(args, samples, loader)
-    vocabulary = _vocabulary(args, config, samples, loader, device)
+    trained = None if args.medusa_head_path is None else fetch(args.medusa_head_path, tell)
+    vocabulary = _vocabulary(args, config, samples, loader, trained, device)
     heads = head_shape(args, config, vocabulary)
     return Inputs(
         args=args,
@@ -106,6 +110,7 @@ def read_inputs(args: TrainArguments) -> Inputs:
         total=total,
         vocabulary=vocabulary,
         heads=heads,
+        trained=trained,
         device=device,
         export_dtype=export_dtype,
         notes=notes,
@@ -141,6 +146,7 @@ def prepare(args: TrainArguments) -> Session:
         sharded=args.use_distributed_optimizer,
         device=inputs.device,
         dtype=dtype,
+        trained=inputs.trained,
     )
     optimizer = Optimizer(part.buffers, _optimizer_options(args))
     if inputs.loader is not None:
@@ -207,12 +213,16 @@ def _vocabulary(
     config: ModelConfig,
     samples: Samples,
     loader: Loader | None,
+    trained: Path | None,
     device: torch.device,
 ) -> Vocabulary | None:
-    """The heads' vocabulary: that of the checkpoint, whose heads go by it, or the data's."""
+    """The heads' vocabulary: that of the checkpoint or heads begun with, or else the data's."""
     if args.truncated_vocab_size is None or isinstance(samples, RowStream):
         return None
-    ids = None if loader is None else loader.vocabulary()
+    if loader is not None:
+        ids = loader.vocabulary()
+    else:
+        ids = None if trained is None else HeadReader(trained).token_map
     if ids is None or len(ids) != args.truncated_vocab_size:
         ids = most_frequent(samples, config.vocab_size, args.truncated_vocab_size)
     return Vocabulary(ids.to(device), config.vocab_size)

@@ -15,6 +15,7 @@ from engine.checkpoint.load import load_weights
 from engine.checkpoint.merge import merge
 from engine.errors import CheckpointError
 from engine.model.config import ModelConfig
+from engine.model.head_kinds import HeadKind, tokens_seen
 from engine.model.medusa import NO_HEADS, HeadShape, MedusaLlamaForCausalLM
 from tests.tiny import KINDS, reference, save, tiny_folder
 
@@ -175,26 +176,30 @@ def test_a_copy_of_lm_head_with_the_heads_must_be_the_models(tmp_path: Path, rig
             load(model, folder, tmp_path)
 
 
+@pytest.mark.parametrize("heads_see", ["root", "hydra"])
 @pytest.mark.parametrize(("kind", "own"), [("llama", False), ("qwen2", True)])
-def test_heads_that_see_the_root_find_the_embedding_on_the_last_stage(
-    tmp_path: Path, kind: str, own: bool
+def test_heads_that_see_tokens_find_the_embedding_on_the_last_stage(
+    tmp_path: Path, kind: str, own: bool, heads_see: HeadKind
 ) -> None:
     folder = tiny_folder(kind, 3)
-    shape = HeadShape(2, 1, kind="root", inner_size=24)
-    parts = {name: tuple(size) for name, size in part_shapes(32, 24).items() if "fc" in name}
+    shape = HeadShape(2, 1, kind=heads_see, inner_size=24)
     heads = {
         f"medusa_head.{head}.0.{name}": torch.randn(size)
         for head in range(2)
-        for name, size in parts.items()
+        for name, size in part_shapes(32, 24, tokens_seen(heads_see, head)).items()
+        if "fc" in name
     }
     write_heads(tmp_path, heads, "jupiter")
+    spec = inspect_heads(tmp_path)
+    assert (spec.kind, spec.inner_size, spec.num_heads) == (heads_see, 24, 2)
+    assert json.loads((tmp_path / "config.json").read_text())["medusa_head_kind"] == heads_see
     model = load(stage(folder, shape, layers=range(2, 3), first=False), folder, tmp_path)
     assert ("root_embedding.weight" in model.state_dict()) is own
     hidden, roots = torch.randn(4, 32), torch.tensor([3, 1, 4, 1])
     whole = load(stage(folder, shape), folder, tmp_path)
-    assert torch.equal(model.head_logits(hidden, roots), whole.head_logits(hidden, roots))
-    assert not torch.equal(model.head_logits(hidden, roots), model.head_logits(hidden, roots + 1))
-    with pytest.raises(CheckpointError, match="see the root token; use layout jupiter"):
+    assert torch.equal(model.draft(hidden, roots, 9), whole.draft(hidden, roots, 9))
+    assert not torch.equal(model.draft(hidden, roots, 9), model.draft(hidden, roots + 1, 9))
+    with pytest.raises(CheckpointError, match=rf"kind {heads_see}\); use layout jupiter"):
         write_heads(tmp_path / "v2", heads, "v2")
 
 

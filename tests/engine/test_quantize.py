@@ -196,7 +196,7 @@ def test_any_split_gives_the_same_bits(wide: Path, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("shape", ["random", "echo", "root"])
+@pytest.mark.parametrize("shape", ["random", "echo", "root", "hydra"])
 def test_greedy_answers_are_those_of_plain_decoding_on_the_same_weights(
     bits: int, shape: str
 ) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from engine.decoding.tuner import SIZES, TreeTuner
+from engine.model.medusa import HeadShape
 from engine.pipeline.batch import Entry, decode_batch
 from engine.pipeline.link import Kind, Link
 from engine.pipeline.rehearsal import BUDGET_S, ROUNDS, rehearse
@@ -22,6 +24,7 @@ class Stages:
 
     def __init__(self, cost: Callable[[int, int], float]) -> None:
         self.cost = cost
+        self.model = SimpleNamespace(heads=HeadShape(HEADS))
         self.now = 100.0
         self.steps: list[tuple[int, int]] = []
         self.sent: list[list[Entry]] = []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from engine.config import JupiterConfig, parse_config
+from engine.decoding.drafted import Drafted
 from engine.decoding.tree import Tree, choose_tree
 from engine.decoding.tuner import SIZES, Drafting, FixedTree, TreeTuner
 from engine.model.config import ModelConfig
@@ -78,7 +79,8 @@ class Engine:
             None,
             self.codec,
             self.config,
-            drafting or FixedTree(choose_tree(choices, heads.num_heads)),
+            drafting
+            or FixedTree(choose_tree(choices, heads.num_heads), sequential=heads.kind == "hydra"),
             context_length=CONTEXT,
             inbox=self.inbox,
             emit=self.events.put,
@@ -118,7 +120,14 @@ RANDOM_HEADS = HeadShape(5, 1, vocab_size=260)
 # where an answer repeats itself.
 ECHO_HEADS = HeadShape(5, 1)
 ROOT_HEADS = HeadShape(5, 2, vocab_size=260, kind="root", inner_size=24)
-SHAPES = {"none": NO_HEADS, "random": RANDOM_HEADS, "echo": ECHO_HEADS, "root": ROOT_HEADS}
+HYDRA_HEADS = HeadShape(5, 2, vocab_size=260, kind="hydra", inner_size=24)
+SHAPES = {
+    "none": NO_HEADS,
+    "random": RANDOM_HEADS,
+    "echo": ECHO_HEADS,
+    "root": ROOT_HEADS,
+    "hydra": HYDRA_HEADS,
+}
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES)
@@ -323,7 +332,7 @@ def test_a_bad_request_fails_alone(plain: Engine, request_: Generate, code: str)
 def test_a_seeded_answer_is_the_same_whatever_the_tree_and_the_batch() -> None:
     params = SamplingParams(temperature=1.0, top_p=0.95, seed=11, max_tokens=20)
     answers = []
-    for heads in (NO_HEADS, RANDOM_HEADS, ECHO_HEADS):
+    for heads in (NO_HEADS, RANDOM_HEADS, ECHO_HEADS, HYDRA_HEADS):
         engine = Engine(heads)
         alone = engine.ask(prompt("a", PROMPTS[2], params))["a"]
         many = engine.ask(*(prompt(str(i), text, params) for i, text in enumerate(PROMPTS)))
@@ -348,8 +357,8 @@ def test_a_request_that_names_top_p_gets_nucleus_sampling() -> None:
 class Restless(TreeTuner):
     """Uses a tree of another size in every step."""
 
-    def __init__(self, num_heads: int) -> None:
-        super().__init__(num_heads)
+    def __init__(self, num_heads: int, *, sequential: bool = False) -> None:
+        super().__init__(num_heads, sequential=sequential)
         self.used: list[int] = []
 
     @property
@@ -364,9 +373,10 @@ class Restless(TreeTuner):
         return self.tree
 
 
-@pytest.mark.parametrize("heads", [ECHO_HEADS, ROOT_HEADS], ids=["echo", "root"])
-def test_greedy_tokens_are_the_same_whatever_tree_each_step_uses(heads: HeadShape) -> None:
-    drafting = Restless(5)
+@pytest.mark.parametrize("shape", ["echo", "root", "hydra"])
+def test_greedy_tokens_are_the_same_whatever_tree_each_step_uses(shape: str) -> None:
+    heads = SHAPES[shape]
+    drafting = Restless(5, sequential=shape == "hydra")
     engine = Engine(heads, drafting=drafting)
     expected = [expected_greedy(engine.codec, text, 24) for text in PROMPTS]
     alone = engine.ask(prompt("one", PROMPTS[0]))["one"]
@@ -418,12 +428,12 @@ class Predicting(TreeTuner):
         self.expected: float = 0
         self.made = self.steps = 0
 
-    def observe(self, candidates: Sequence[Sequence[int]], tokens: Iterable[int]) -> None:
+    def observe(self, drafted: Drafted, tokens: Iterable[int]) -> None:
         tokens = list(tokens)
         self.steps += 1
         self.expected += self.expected_tokens(self.tree)
         self.made += len(tokens)
-        super().observe(candidates, tokens)
+        super().observe(drafted, tokens)
 
 
 def test_a_tuner_expects_of_its_tree_what_steps_then_make() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.decoding.drafted import Drafted
 from engine.decoding.tree import MC_63, PRESETS, ROOT_ONLY, build_tree, choose_tree
 from engine.errors import ConfigError
 
@@ -25,7 +26,8 @@ def test_parents_come_before_children_and_tokens_follow_ranks() -> None:
     assert tree.parents == (-1, 0, 0, 1, 3)
     assert tree.depths == (0, 1, 1, 2, 3)
     assert (tree.depth, tree.width) == (3, 3)
-    assert tree.tokens(9, [[10, 11], [20, 21, 22], [30, 31]]) == [9, 10, 11, 22, 31]
+    drafted = Drafted([[10, 11], [20, 21, 22], [30, 31]])
+    assert drafted.tokens(tree, 9) == [9, 10, 11, 22, 31]
 
 
 def test_a_tree_is_trimmed_to_the_heads_there_are() -> None:

@@ -17,6 +17,7 @@ from engine.decoding.acceptance import (
     guessed,
 )
 from engine.decoding.calibrate import MISS
+from engine.decoding.drafted import Drafted
 from engine.decoding.step_cost import StepCost
 from engine.decoding.tree import Tree
 from engine.decoding.tuner import DECIDE_EVERY, LEARN_EVERY, TreeTuner
@@ -75,7 +76,7 @@ def run(
         enough = asked >= tree.depth
         if asked:
             candidates, tokens = heads.step(tree if enough else None)
-            tuner.observe(candidates[:asked], tokens)
+            tuner.observe(Drafted(candidates[:asked]), tokens)
         rows = sequences * (tree.size if enough else 1)
         tuner.timed(rows, seconds(rows, now), tree=tree, heads=now)
         asked = now
@@ -130,7 +131,7 @@ def test_live_counts_are_learned_from_tokens_that_the_tree_did_not_try() -> None
     live = LiveAcceptance(guessed(2), weight=8)
     before = live.share(0, 4)
     for _ in range(200):
-        live.observe([[5, 6, 7, 8, 9], [0]], [9])
+        live.observe(Drafted([[5, 6, 7, 8, 9], [0]]), [9])
     assert live.share(0, 4) > 0.9 > before
     assert live.paths()[0] == ((4,), pytest.approx(live.share(0, 4), rel=0.05))
     assert live.share(1, 0) == pytest.approx(guessed(2).share(1, 0))  # nothing was told of it
@@ -142,7 +143,7 @@ def test_what_was_learned_fades_and_every_beginning_of_the_paths_stays_a_tree() 
     for wanted in (0, 1, 2):
         for _ in range(400):
             tokens = [wanted if dice.random() < 0.9 else 99 for _ in range(HEADS)]
-            live.observe([list(range(CANDIDATES))] * HEADS, tokens)
+            live.observe(Drafted([list(range(CANDIDATES))] * HEADS), tokens)
         paths = live.paths()
         assert paths[0][0] == (wanted,)
         known = {()}

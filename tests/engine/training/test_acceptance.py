@@ -76,7 +76,7 @@ def untrained_heads(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["resblock", "root"])
+@pytest.mark.parametrize("kind", ["resblock", "root", "hydra"])
 def test_trained_heads_are_accepted_far_more_often_and_change_no_answer(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,26 +7,32 @@ import torch
 from torch.nn import functional as F
 
 from engine.training import cross_entropy as module
-from engine.training.cross_entropy import cross_entropy
+from engine.training.cross_entropy import Guesses, cross_entropy
 
 VOCAB, WIDTH, ROWS = 37, 8, 11
 
 
+@pytest.mark.parametrize("share", [None, 0.3])
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])
 def test_losses_and_gradients_equal_torchs(
-    chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+    chunk_rows: int, share: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk_rows * VOCAB)
     torch.manual_seed(0)
     hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
     weight = torch.randn(VOCAB, WIDTH, requires_grad=True)
     targets, scales = torch.randint(VOCAB, (ROWS,)), torch.rand(ROWS)
-    total, losses, right = cross_entropy(hidden, weight, targets, scales)
+    table, at = torch.randn(5, VOCAB).softmax(-1), torch.randint(5, (ROWS,))
+    guesses = None if share is None else Guesses(table, at, share)
+    total, losses, right = cross_entropy(hidden, weight, targets, scales, guesses)
     (3 * total).backward()
     found = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
     logits = hidden @ weight.T
-    expected = F.cross_entropy(logits, targets, reduction="none")
+    wanted = F.one_hot(targets, VOCAB).float()
+    if share is not None:
+        wanted = (1 - share) * wanted + share * table[at]
+    expected = F.cross_entropy(logits, wanted, reduction="none")
     (3 * (expected * scales).sum()).backward()
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(total, (expected * scales).sum())

@@ -51,6 +51,7 @@ LAYOUTS = {
     "vllm with outputs": OWN,
     "vllm with a part of the vocabulary": [*OWN, "--truncated_vocab_size", "20"],
     "two ResBlocks": [*SHARED, "--medusa_num_layers", "2"],
+    "hydra": [*SHARED, "--medusa_head_kind", "hydra", "--medusa_soft_targets", "0.5"],
     "root": [*SHARED, "--medusa_head_kind", "root", "--medusa_num_layers", "2"],
     "root with a part of the vocabulary": [
         *OWN,

@@ -108,6 +108,18 @@ def test_other_data_or_heads_never_meet_a_cache_that_is_not_theirs(
         assert bool(forwards) == (change[0] != "--medusa_lr")
 
 
+def test_the_base_in_int8_is_near_and_its_states_are_kept_apart(
+    words: list[str], kept: list[str], forwards: list[int]
+) -> None:
+    exact = train_here([*words, *kept])
+    forwards.clear()
+    found = train_here([*words, *kept, "--load_in_8bit", "true"])
+    assert figures(found) == pytest.approx(figures(exact), rel=5e-2)
+    assert figures(found) != figures(exact)
+    assert not forwards
+    assert figures(train_here([*words, *kept, "--load_in_8bit", "true"])) == figures(found)
+
+
 def test_a_full_disk_is_named(
     words: list[str], kept: list[str], tmp_path: Path, small_disk: SmallDisk
 ) -> None:

@@ -44,6 +44,13 @@ def test_head_h_predicts_the_token_h_plus_2_ahead_where_it_counts() -> None:
     ]
 
 
+def test_soft_targets_are_the_bases_own_guesses_of_the_same_tokens() -> None:
+    targets = Objective("medusa1", [1.0, 1.0], None, soft=0.5).targets(SAMPLES, CPU)
+    for rows, teachers, distance in zip(targets.rows, targets.teachers, (2, 3), strict=True):
+        ahead = targets.positions[teachers] - targets.positions[rows]
+        assert ahead.tolist() == [distance - 1] * len(rows)
+
+
 def test_medusa_2_adds_the_bases_own_loss() -> None:
     losses = pairs(Objective("medusa2", [1.0], None), SAMPLES)
     assert losses[0] == [(2, 13), (3, 14), (4, 15), (6, 21), (7, 22)]

@@ -309,13 +309,13 @@ class Trainer:
             if self.log is not None:
                 self.log.note(f"hidden states: {done} of {total} parts")
 
+        caches = [c for c in (self.session.cache, self.session.held_out_cache) if c is not None]
         int8, inputs = None, self.inputs
         if self.args.load_in_8bit:
-            longest = max(map(len, (*inputs.samples, *inputs.held_out)))
+            longest = max(len(sample) for cache in caches for sample in cache.samples)
             int8 = Int8Base(inputs.folder, inputs.device, longest)
-        for cache in (self.session.cache, self.session.held_out_cache):
-            if cache is not None:
-                cache.fill(self.session.pipeline, self.mesh, progress, int8)
+        for cache in caches:
+            cache.fill(self.session.pipeline, self.mesh, progress, int8)
 
 
 def _counts(targets: Sequence[Targets], losses: int) -> Tensor:

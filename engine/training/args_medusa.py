@@ -69,7 +69,7 @@ class Medusa:
     load_in_8bit: bool = arg(
         False,
         "cached hidden states are those of the base in int8, as the engine runs it; "
-        "on a CPU that is also much faster",
+        "on a CPU that is also faster",
     )
     truncated_vocab_size: PositiveInt | None = arg(
         None, "heads' loss over only so many tokens, the answers' most frequent", shown="all"

@@ -23,7 +23,7 @@ class Int8Base:
     """The whole model on this rank, in int8; made at the first call, which may take seconds.
 
     Hidden states are those that the engine's heads draft from with `load_in_8bit`, and on a CPU
-    its kernels are several times as fast as float32 or bfloat16 products.
+    its kernels are faster than float32 or bfloat16 products.
 
     Args:
         longest: tokens of the longest sample.

@@ -13,6 +13,7 @@ BENCHES = {
     "decode": "engine.bench.decode",
     "prefill": "engine.bench.prefill",
     "quality": "engine.bench.quality",
+    "soak": "engine.bench.soak",
     "step": "engine.bench.step",
 }
 # A program of its own: the engine imports nothing of the terminal.

@@ -138,3 +138,16 @@ def test_step_shows_every_size_beside_the_floor(config: Path, tmp_path: Path) ->
     operations = [step["floor_operations_ms"] for step in line["steps"]]
     assert operations == sorted(operations)
     assert "GB/s" in shown
+
+
+def test_soak_of_three_stages_leaves_nothing_and_every_answer_is_right(
+    config: Path, tmp_path: Path, full: bool
+) -> None:
+    words = ["--config", str(config), "--requests", "500" if full else "40", "--longest", "24"]
+    shown, line = bench(tmp_path, "soak", *words, "--set", "num_threads=1")
+    assert line["ok"] is True
+    assert line["cancelled"] > 0
+    assert line["compared"] > 20
+    assert line["differ"] == line["differ_later"] == []
+    assert len(line["growth_mb"]) == 3
+    assert "over stages 2,2,2" in shown

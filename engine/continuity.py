@@ -34,6 +34,10 @@ class AnswerStream(RequestStream):
         """Tokens of each step of the present part."""
         self._fresh = not request.answered
         """The present part began with the answer."""
+        self._points: dict[int, int] = {}
+        """Of an outline answer, how much text of each point was shown."""
+        self._again: dict[int, int] = {}
+        """How much of it comes once more: another engine writes the same points from the start."""
 
     @property
     def answered(self) -> tuple[int, ...]:
@@ -50,6 +54,7 @@ class AnswerStream(RequestStream):
         self.held = False
         self._unshown.clear()
         self._fresh = not self._tokens
+        self._again = dict(self._points)
         known = self._started.transcript if self._started is not None else None
         return replace(
             self.request,
@@ -66,6 +71,8 @@ class AnswerStream(RequestStream):
                 if self._started is None:
                     self._started = event
                     self.put(self._wanted(event))
+            case Tokens() if event.point:
+                self._put_point(event)
             case Tokens():
                 if event.token_ids:
                     self._counts.append(len(event.token_ids))
@@ -101,6 +108,16 @@ class AnswerStream(RequestStream):
             )
         )
         self._counts = []
+
+    def _put_point(self, event: Tokens) -> None:
+        point, again = event.point, self._again.get(event.point, 0)
+        if self.held and event.point_ended:
+            return
+        self._again[point] = max(0, again - len(event.text))
+        text = event.text[again:]
+        if text or event.point_ended:
+            self._points[point] = self._points.get(point, 0) + len(text)
+            self.put(replace(event, text=text))
 
     def end_cancelled(self) -> None:
         """End the answer as it is; for one that is held and has no engine."""

@@ -189,6 +189,8 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     point: int = 0
     """Of an outline answer: the point, from 1, that grows by these; 0 is what comes before the
     list. The answer is the points' texts in their order."""
+    point_ended: bool = False
+    """Nothing more will come of this point."""
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterable, Callable
 from textual.message import Message
 
 from engine.errors import EngineError
-from engine.protocol import Failed, Finished, Started, StepTrace, Tokens
+from engine.protocol import Failed, Finished, Started, Tokens
 from tui.messages import AnswerFailed, AnswerFinished, AnswerGrew, AnswerLost, AnswerStarted
 
 INTERVAL_S = 0.08
@@ -24,17 +24,13 @@ class Coalescer:
         self._request_id = request_id
         self._post = post
         self._interval = interval
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-        self._steps: list[StepTrace] = []
+        self._events: list[Tokens] = []
         self._last_at = 0.0
         self._pause: asyncio.TimerHandle | None = None
 
     def add(self, event: Tokens) -> None:
         """Post `event` now, or with others at the end of the pause."""
-        self._text.append(event.text)
-        self._token_ids += event.token_ids
-        self._steps += event.trace
+        self._events.append(event)
         self._last_at = time.monotonic()
         if self._pause is None:
             self._post_pending()
@@ -44,22 +40,19 @@ class Coalescer:
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
-        if self._token_ids or self._text:
+        if self._events:
             self._post(self._take())
 
     def _post_pending(self) -> None:
         self._pause = None
-        if self._token_ids or self._text:
+        if self._events:
             self._post(self._take())
             loop = asyncio.get_running_loop()
             self._pause = loop.call_later(self._interval, self._post_pending)
 
     def _take(self) -> AnswerGrew:
-        text, at = "".join(self._text), self._last_at
-        message = AnswerGrew(self._request_id, text, self._token_ids, at, self._steps)
-        self._text.clear()
-        self._token_ids, self._steps = [], []
-        return message
+        events, self._events = self._events, []
+        return AnswerGrew(self._request_id, events, self._last_at)
 
 
 async def follow(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from textual.message import Message
 
-from engine.protocol import Failed, Finished, Started, StepTrace
+from engine.protocol import Failed, Finished, Started, Tokens
 from tui.conversation import Node
 from tui.snapshot import Snapshot
 
@@ -61,7 +61,7 @@ class AnswerStarted(AnswerMessage):
 
 
 class AnswerGrew(AnswerMessage):
-    """`text` and the tokens `token_ids` were added; the last arrived at `at` (seconds).
+    """`events` came, with `token_ids` together; the last arrived at `at` (seconds).
 
     `steps` tell how the tokens came, if the request asked for that.
     """
@@ -69,15 +69,14 @@ class AnswerGrew(AnswerMessage):
     def __init__(
         self,
         request_id: str,
-        text: str,
-        token_ids: list[int],
+        events: Sequence[Tokens],
         at: float,
-        steps: Sequence[StepTrace] = (),
     ) -> None:
-        self.text = text
-        self.token_ids = token_ids
+        self.events = events
+        self.text = "".join(event.text for event in events)
+        self.token_ids = [token for event in events for token in event.token_ids]
         self.at = at
-        self.steps = steps
+        self.steps = [step for event in events for step in event.trace]
         super().__init__(request_id)
 
 

@@ -97,7 +97,7 @@ class OutlineAnswer:
         self._ends: list[Finished] = []
         """How the sequences ended that the answer's end depends on."""
         self._metrics: list[Metrics] = []
-        self._count = 0
+        self._count = len(request.answered)
         self._first_count = 0
         self._first_at = self._last_at = time.perf_counter()
 
@@ -138,7 +138,7 @@ class OutlineAnswer:
         match event:
             case Started() if part.kind is Kind.OPENING:
                 self._started = event
-                part.before = known = event.transcript or NOTHING
+                part.begin(known := event.transcript or NOTHING, self.request.answered)
                 transcript = known if self.request.transcript_wanted else None
                 self._emit(replace(event, request_id=self.request_id, transcript=transcript))
             case Tokens() if not part.cut:
@@ -185,6 +185,8 @@ class OutlineAnswer:
             self._failed = event
         if part.kind is Kind.POINT:
             self._points[part.point] = part.up_to(len(part.text))
+            if not self._cancelled:
+                self._tell_ended(part.point)
         else:
             self._base = part.up_to(len(part.text))
 
@@ -288,6 +290,10 @@ class OutlineAnswer:
             self._first_at, self._first_count = self._last_at, len(ids)
         self._emit(Tokens(request_id=self.request_id, token_ids=ids, text=text, point=point))
 
+    def _tell_ended(self, point: int) -> None:
+        name = self.request_id
+        self._emit(Tokens(request_id=name, token_ids=(), text="", point=point, point_ended=True))
+
     def _end(self) -> None:
         self.ended = True
         if self._failed is not None:
@@ -315,7 +321,8 @@ class OutlineAnswer:
     def _figures(self) -> Metrics:
         """Of all sequences together; the rate is that of the whole answer."""
         seconds = self._last_at - self._first_at
-        rate = (self._count - self._first_count) / seconds if seconds > 0 else None
+        later = self._count - self._first_count - len(self.request.answered)
+        rate = later / seconds if seconds > 0 else None
         return replace(joined(self._metrics), tokens_per_s=rate)
 
     def _transcript(self) -> Transcript:

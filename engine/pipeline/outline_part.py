@@ -44,10 +44,21 @@ class Part:
         self._stream = TextStream(codec, before.token_ids, ())
         self._shown = self._sent = 0
 
+    def begin(self, before: Transcript, answered: Sequence[int]) -> None:
+        """Take in the prompt, and what the client has of the answer already."""
+        self.before = before
+        self._stream = TextStream(self._codec, before.token_ids, ())
+        self._push(answered)
+        self.text = self._stream.text
+        self.unsent(len(self.text))
+
     def add(self, event: Tokens) -> None:
         """Take in what was written."""
         self.text += event.text
-        for token in event.token_ids:
+        self._push(event.token_ids)
+
+    def _push(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
             self._tokens.append(token)
             self._stream.push(token)
             self._ends.append(len(self._stream.text))

@@ -148,9 +148,12 @@ class FakeClient:
             )
         )
 
-    def tokens(self, text: str, count: int = 1) -> None:
+    def tokens(self, text: str, count: int = 1, *, point: int = 0, ended: bool = False) -> None:
         ids = tuple(range(count))
-        self.request.put(Tokens(request_id=self.request.request_id, token_ids=ids, text=text))
+        name = self.request.request_id
+        self.request.put(
+            Tokens(request_id=name, token_ids=ids, text=text, point=point, point_ended=ended)
+        )
 
     def finish(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from textual import on
@@ -18,6 +18,7 @@ from tui.answer import follow
 from tui.autosave import Autosave
 from tui.conversation import Conversation, Ending, Node
 from tui.metrics import Figures, Meter
+from tui.outline import Growing
 from tui.sampling import to_go_on
 from tui.snapshot import Snapshot
 from tui.store import ConversationStore, StoreError
@@ -39,6 +40,10 @@ class Running:
     request_id: str
     node: Node
     meter: Meter
+    before: str = ""
+    """What the answer had before this request, which goes on with it."""
+    growing: Growing = field(default_factory=Growing)
+    """What this request has added."""
 
 
 class AnsweringScreen(Screen[None]):
@@ -118,6 +123,7 @@ class AnsweringScreen(Screen[None]):
     async def _show_branch(self) -> None:
         await self.view.show(self.conversation, self._waiting_note)
         await self.speculation.attach(self.view.turns)
+        await self._show_points()
         self.refresh_bindings()
 
     @on(ConversationView.MoreShown)
@@ -147,13 +153,14 @@ class AnsweringScreen(Screen[None]):
                 params=params,
                 transcript=transcript,
                 answered=answered,
-                trace=self.speculation.asked(node),
+                trace=self.speculation.asked(node) and params.mode == "plain",
             )
         except EngineError:
             self._queue.appendleft(node)  # it has just died: its last snapshot is under way
             return
         node.model = self.model
-        self.running = Running(stream.request_id, node, Meter(time.monotonic()))
+        meter = Meter(time.monotonic())
+        self.running = Running(stream.request_id, node, meter, before=node.text)
         self._note("sent")
         self.view.refresh_facts()
         self.run_worker(follow(stream.request_id, stream, self.post_message), group="answers")
@@ -214,15 +221,30 @@ class AnsweringScreen(Screen[None]):
         if running := self._of(message):
             running.meter.tokens(len(message.token_ids), message.at)
             first = not running.node.text
-            running.node.text += message.text
-            running.node.token_ids += message.token_ids
+            for event in message.events:
+                running.growing.add(event)
+            if running.growing.points:
+                # In the order in which they came, these tokens are no text to go on from.
+                running.node.text = running.before + running.growing.text
+                running.node.token_ids = []
+            else:
+                running.node.text += message.text
+                running.node.token_ids += message.token_ids
             self.autosave.save_growing(self.conversation)
+            await self._show_points()
             if turn := self._turn():
-                await turn.grow()
+                if not running.growing.points:
+                    await turn.grow()
                 if first:
                     turn.show_facts(self._facts(running.node))  # it can be copied now
             await self.speculation.grew(running.node, message.steps, self._turn())
             self._show_figures(running.meter.figures)
+
+    async def _show_points(self) -> None:
+        """Show the running answer's points side by side, where it has any."""
+        running, turn = self.running, self._turn()
+        if running is not None and turn is not None and (points := running.growing.points):
+            await turn.show_points(running.before + running.growing.opening, points)
 
     @on(messages.AnswerFinished)
     async def _answer_finished(self, message: messages.AnswerFinished) -> None:

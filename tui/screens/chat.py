@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from msgspec.structs import replace
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -71,6 +72,13 @@ PgUp and PgDn scroll the tree.
 The panel tells for each head how many of its proposals were accepted, over the last steps and over
 the conversation, and shows the draft tree of the step: ✓ accepted, ✗ rejected.
 
+## Outline answers
+
+**F10** has the next answers of the conversation written by outline: where an answer becomes a list,
+the model first writes its points in a few words each, then fills them in side by side. The prompt's
+frame says so. What is no list is answered as ever. Telemetry shows which stage computed which point
+when.
+
 ## Figures below the prompt
 
 | | |
@@ -97,6 +105,14 @@ the conversation, and shows the draft tree of the step: ✓ accepted, ✗ reject
             "Speculation",
             id="chat.speculation",
             tooltip="How each token came, and what the heads are worth",
+        ),
+        Binding(
+            "f10",
+            "toggle_outline",
+            "Outline answers",
+            id="chat.outline",
+            show=False,
+            tooltip="Write the points of a list side by side",
         ),
         Binding("f8", "latest('copy')", "Copy the answer", id="chat.copy", show=False),
         Binding("f9", "export", "Export", id="chat.export", show=False, tooltip="Markdown, JSON"),
@@ -299,7 +315,17 @@ the conversation, and shows the draft tree of the step: ✓ accepted, ✗ reject
     @on(Settings.Changed)
     def _settings_changed(self, message: Settings.Changed) -> None:
         self.conversation.system, self.conversation.params = message.system, message.params
+        self._show_mode()
         self.autosave.save(self.conversation)
+
+    def action_toggle_outline(self) -> None:
+        """Have the next answers written by outline, or as ever."""
+        talk = self.conversation
+        mode: Literal["plain", "outline"] = "plain" if talk.params.mode == "outline" else "outline"
+        talk.params = replace(talk.params, mode=mode)
+        self.settings.show(talk)
+        self.autosave.save(talk)
+        self._show_mode()
 
     def _what_to_leave(self) -> str | None:
         focused = self.focused

@@ -54,10 +54,16 @@ class ConversationsScreen(AnsweringScreen):
             self.prompt.stop_editing()
         await self._leave(conversation)
         self.settings.show(conversation)
+        self._show_mode()
         if self.has_class("-narrow"):
             self._close_panels()
         self._refresh_list()
         self.prompt.focus()
+
+    def _show_mode(self) -> None:
+        """Say at the prompt how the next answer will be written."""
+        outline = self.conversation.params.mode == "outline"
+        self.prompt.show_note("outline" if outline else None)
 
     def _saved(self, error: StoreError | None) -> None:
         self._tell_problem(str(error) if error else "")

@@ -57,6 +57,13 @@ class Prompt(TextArea):
         self.sent = PromptHistory()
         self.editing: Node | None = None
         self._draft = ""
+        self._note: str | None = None
+
+    def show_note(self, note: str | None) -> None:
+        """Say on the frame how the next prompt will be answered; None for as ever."""
+        self._note = note
+        if self.editing is None:
+            self.border_subtitle = note
 
     def send(self) -> None:
         """Send the text, unless it is blank."""
@@ -91,7 +98,7 @@ class Prompt(TextArea):
 
     def _leave_editing(self) -> None:
         self.editing, self._draft = None, ""
-        self.border_title = self.border_subtitle = None
+        self.border_title, self.border_subtitle = None, self._note
 
     def action_scroll(self, how: str) -> None:
         """Hand a scroll key to the conversation."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from msgspec.structs import replace
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.message import Message
-from textual.widgets import Input, Label, Static, TextArea
+from textual.widgets import Checkbox, Input, Label, Static, TextArea
 
 from engine.config import JupiterConfig
 from engine.protocol import SamplingParams
@@ -20,6 +23,8 @@ LABELS = {
     "max_tokens": "Most tokens of an answer",
     "seed": "Seed",
 }
+
+OUTLINE = "A list's points are written side by side, after a short outline"
 
 
 class Settings(VerticalScroll):
@@ -45,6 +50,7 @@ class Settings(VerticalScroll):
         }
         TextArea { height: 5; }
         Input { height: 1; }
+        Checkbox { margin: 1 0 0 0; border: none; background: $surface; }
         Input.-wrong, Input.-wrong:focus { border: none; border-left: outer $error; }
         .problem { height: auto; padding: 0 1; color: $text-error; display: none; }
         #settings-note { height: auto; margin: 1 0 0 1; color: $foreground 60%; }
@@ -73,6 +79,7 @@ class Settings(VerticalScroll):
             yield Label(LABELS[field])
             yield Input(id=f"set-{field}", placeholder=sampling.left_to_config(field, self._config))
             yield Static(id=f"wrong-{field}", classes="problem", markup=False)
+        yield Checkbox("Outline answers", id="set-mode", tooltip=OUTLINE)
         yield Static(
             "Saved with the conversation; they hold from the next answer on. "
             "An empty field leaves it to config.json. A top p asks for nucleus sampling.",
@@ -82,7 +89,8 @@ class Settings(VerticalScroll):
     def show(self, conversation: Conversation) -> None:
         """Show a conversation's settings."""
         self._shown = conversation
-        with self.prevent(Input.Changed, TextArea.Changed):
+        with self.prevent(Input.Changed, TextArea.Changed, Checkbox.Changed):
+            self.query_one(Checkbox).value = conversation.params.mode == "outline"
             self.query_one(TextArea).load_text(conversation.system)
             for field in sampling.FIELDS:
                 self._input(field).value = sampling.shown(conversation.params, field)
@@ -103,6 +111,7 @@ class Settings(VerticalScroll):
 
     @on(Input.Changed)
     @on(TextArea.Changed)
+    @on(Checkbox.Changed)
     def _changed(self, message: Message) -> None:
         message.stop()
         values: dict[str, float | int | None] = {}
@@ -114,5 +123,9 @@ class Settings(VerticalScroll):
             else:
                 self._show_problem(field, "")
         params = sampling.with_values(self._shown.params, values)
+        mode: Literal["plain", "outline"] = "plain"
+        if self.query_one(Checkbox).value:
+            mode = "outline"
+        params = replace(params, mode=mode)
         system = pasted(self.query_one(TextArea).text)
         self.post_message(self.Changed(system, params))

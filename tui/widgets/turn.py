@@ -16,9 +16,11 @@ from textual.widgets import Markdown, Static
 from textual.widgets.markdown import MarkdownStream
 
 from tui.conversation import Ending, Node
+from tui.outline import Point
 from tui.text import harmless, log_text
 from tui.themes import DIM
 from tui.widgets.answer_markdown import AnswerMarkdown
+from tui.widgets.outline_board import OutlineBoard
 from tui.widgets.turn_bar import Facts, TurnBar
 
 DRAIN_TIMEOUT_S = 10.0
@@ -149,6 +151,7 @@ class AnswerTurn(Turn):
         super().__init__(node)
         self._markdown = AnswerMarkdown()
         self._other: Widget | None = None
+        self._board: OutlineBoard | None = None
         self._stream: MarkdownStream | None = None
         self._taken = 0
         self._written = 0
@@ -162,7 +165,7 @@ class AnswerTurn(Turn):
     async def on_mount(self) -> None:
         """Show the text that is there already, and how it ended."""
         if self.node.text:
-            await self._markdown.append(self._take())
+            await self._markdown.append(self._take(len(self.node.text)))
         if self.node.ending is not None:
             self._show_ending(self.node.ending)
         else:
@@ -182,20 +185,37 @@ class AnswerTurn(Turn):
         if other is not None:
             await self.mount(other, before=self.bar)
 
-    async def grow(self) -> None:
-        """Show what was added to the message's text; rendering follows in the background."""
-        if not self.is_mounted or self._taken == len(self.node.text):
+    async def grow(self, end: int | None = None) -> None:
+        """Show what was added to the message's text, up to `end`; rendering follows."""
+        end = len(self.node.text) if end is None else end
+        if not self.is_mounted or self._taken >= end:
             return
         if self._stream is None:
             self.show_note("")
             self._stream = Markdown.get_stream(self._markdown)
-        await self._stream.write(self._take())
+        await self._stream.write(self._take(end))
 
-    def _take(self) -> str:
-        text = harmless(self.node.text[self._taken :])
-        self._taken = len(self.node.text)
+    def _take(self, end: int) -> str:
+        text = harmless(self.node.text[self._taken : end])
+        self._taken = end
         self._written += len(text)
         return text
+
+    async def show_points(self, opening: str, points: tuple[Point, ...]) -> None:
+        """Show an answer's points side by side while they grow; in the Markdown, its `opening`."""
+        if not self.is_mounted:
+            return
+        if self._board is None:
+            if self._taken > len(opening):  # this turn is new and has shown all that there was
+                await self._stop_stream()
+                await self._markdown.remove()
+                self._markdown, self._taken, self._written = AnswerMarkdown(), 0, 0
+                await self.mount(self._markdown, before=self.bar)
+            await self.grow(len(opening))
+            self.show_note("")
+            self._board = OutlineBoard()
+            await self.mount(self._board, before=self.bar)
+        await self._board.show(points)
 
     async def on_unmount(self) -> None:
         """A turn that is removed while it streams leaves no task behind."""
@@ -208,6 +228,9 @@ class AnswerTurn(Turn):
 
     async def end(self, ending: Ending) -> None:
         """Render what is left and mark how the answer ended."""
+        if self._board is not None:
+            board, self._board = self._board, None
+            await board.remove()
         await self.grow()
         if self._stream is not None:
             # A stream that is stopped with text still waiting would append it while an append

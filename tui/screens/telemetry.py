@@ -130,7 +130,7 @@ class TelemetryScreen(Screen[None]):
         self._session = session
         self._store = telemetry
         self._view = telemetry.view(session.snapshot.split)
-        self._seconds = 1.0
+        self._seconds = 0.5
         self._window = telemetry.timeline.latest(self._seconds)
 
     def compose(self) -> ComposeResult:

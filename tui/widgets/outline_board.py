@@ -32,7 +32,6 @@ class PointCard(Static):
         &.-growing { border: round $primary 60%; }
         &.-done { border: round $success 40%; }
     }
-    OutlineBoard.-stacked PointCard { height: 2; border: none; }
     """
 
     def show(self, point: Point, *, stacked: bool) -> None:
@@ -73,8 +72,13 @@ class OutlineBoard(Grid):
     OutlineBoard {
         height: auto;
         grid-gutter: 0 1;
-        grid-rows: auto;
+        grid-rows: 5;
         margin: 0 0 1 0;
+        &.-stacked { grid-rows: 2; }
+        &.-stacked PointCard, &.-stacked PointCard.-growing, &.-stacked PointCard.-done {
+            height: 2;
+            border: none;
+        }
     }
     """
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from engine.continuity import AnswerStream
 from engine.protocol import Finished, Generate, Metrics, Started, Tokens, Transcript
 from tests.tui.chat import Chat, open_chat
-from engine.continuity import AnswerStream
 from tui.outline import Growing, Point
 from tui.widgets.outline_board import OutlineBoard, PointCard
 from tui.widgets.settings import Settings

@@ -77,6 +77,7 @@ class OutlineBoard(Grid):
         &.-stacked { grid-rows: 2; }
         &.-stacked PointCard, &.-stacked PointCard.-growing, &.-stacked PointCard.-done {
             height: 2;
+            padding: 0 2;
             border: none;
         }
     }

@@ -15,7 +15,7 @@ __all__ = ["looks_the_same"]
 TITLES = ("Avoiding Heavy Meals", "Keeping a Sleep Diary", "Regular Schedule", "Less Coffee")
 TEXTS = (
     " These are known to interfere with sleep.",
-    " This is a great way to track your sleep, and to find out what keeps you awake. Write it down.",
+    " This is a great way to track your sleep, and to find out what keeps you awake.",
     " Go to bed at the same",
     "",
 )

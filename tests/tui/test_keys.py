@@ -86,12 +86,12 @@ def test_every_binding_that_has_an_id_is_known_and_clashes_with_no_other() -> No
 
 async def test_a_remapped_key_works_and_is_the_one_that_is_shown() -> None:
     chat = Chat()
-    chat.app = JupiterApp(replace(CONFIG, keymap={"app.telemetry": "f10"}), chat._make_client)
+    chat.app = JupiterApp(replace(CONFIG, keymap={"app.telemetry": "f11"}), chat._make_client)
     async with chat.app.run_test(size=(120, 36)) as chat.pilot:
-        await chat.shows("f10 Telemetry")
+        await chat.shows("f11 Telemetry")
         await chat.pilot.press("f4")
         assert chat.app.current_mode == "chat"
-        await chat.pilot.press("f10")
+        await chat.pilot.press("f11")
         await chat.until(lambda: chat.app.current_mode == "telemetry")
 
 

@@ -61,6 +61,7 @@ class JupiterConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
     """Planned chunks by the length of a prompt; they go before the two keys above."""
     max_kv_cache_length: PositiveInt = 2048
     max_num_seqs: PositiveInt = 16
+    max_batch_total_tokens: PositiveInt | None = None
 
     keymap: dict[str, str] = {}
     """Other keys for actions of the workbench: binding id to keys; `tui/keys.py` checks them."""

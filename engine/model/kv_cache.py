@@ -31,8 +31,9 @@ class KVCache:
         device: torch.device | str,
     ) -> None:
         shape = (num_layers, slots, num_kv_heads, capacity, head_dim)
-        self.k = _zeros(shape, dtype, torch.device(device))
-        self.v = _zeros(shape, dtype, torch.device(device))
+        self._pages: list[mmap.mmap] = []
+        self.k = self._zeros(shape, dtype, torch.device(device))
+        self.v = self._zeros(shape, dtype, torch.device(device))
 
     @property
     def slots(self) -> int:
@@ -95,6 +96,34 @@ class KVCache:
             # index_select copies first, so overlapping source and target are safe.
             rows_of[:, :, to:end] = rows_of.index_select(2, index)
 
+    def give_back(self, slot: int) -> None:
+        """Let the system have the memory of a slot's rows, where it can; they are zeros then."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        layers, slots = self.k.shape[:2]
+        size = self.k[0, slot].nbytes
+        for pages in self._pages:
+            for layer in range(layers):
+                begin = (layer * slots + slot) * size
+                first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+                end = (begin + size) // mmap.PAGESIZE * mmap.PAGESIZE
+                if end > first:
+                    pages.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        # Pages of the system cost nothing until they are written; torch's zeros are written at
+        # once, and most of a context is never used. Huge pages would fill whole megabytes for one
+        # row. Private ones, as only these can be given back.
+        pages = mmap.mmap(
+            -1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+        self._pages.append(pages)
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
+
 
 class KVStore:
     """The caches of all slots of a stage, made when a slot is first used.
@@ -139,19 +168,21 @@ class KVStore:
             )
         return cache, slot - first
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of one sequence."""
+        layers, heads, _, head_dim = self._shape
+        return 2 * layers * heads * head_dim * self._dtype.itemsize
+
     def copy(self, source: int, slot: int, rows: int) -> None:
-        """Have a slot begin with the first `rows` rows of another: a fork."""
+        """Have a slot begin with the first `rows` rows of another: a fork.
+
+        A slot that is to begin with none gives its memory back.
+        """
+        if not rows:
+            cache, place = self.find(slot)
+            cache.give_back(place)
+            return
         (from_, at), (to, place) = self.find(source), self.find(slot)
         to.k[:, place, :, :rows] = from_.k[:, at, :, :rows]
         to.v[:, place, :, :rows] = from_.v[:, at, :, :rows]
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # Pages of the system cost nothing until they are written; torch's zeros are written at once,
-    # and most of a context is never used. Huge pages would fill whole megabytes for one row.
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)

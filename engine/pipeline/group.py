@@ -41,8 +41,11 @@ def choose_backend(config: JupiterConfig, device: torch.device) -> str:
 
 def neighbours(config: JupiterConfig, device: torch.device) -> int:
     """Stages that compute on the same cores as this one, itself included."""
-    if device.type != "cpu" or config.num_threads is not None:
-        return 1
+    return 1 if device.type != "cpu" or config.num_threads is not None else stages_here(config)
+
+
+def stages_here(config: JupiterConfig) -> int:
+    """Stages that run on this machine, as far as that is known."""
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun's
         return int(os.environ["LOCAL_WORLD_SIZE"])
     host = urlsplit(config.init_method).hostname or "127.0.0.1"

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from engine.pipeline.stage import Stage
 
 CGROUPS = Path("/sys/fs/cgroup")
+KV_SHARE = 0.8
+"""Of the memory that is free when all weights are loaded, what keys and values may have."""
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -31,6 +33,24 @@ def memory_total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return min([psutil.virtual_memory().total, *cgroup_limits(CGROUPS)])
+
+
+def memory_free_bytes(device: torch.device) -> int:
+    """Memory that is free on the CUDA device, or else that this process may still have."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = cgroup_limits(CGROUPS)
+    left = [limit - psutil.Process().memory_info().rss for limit in limits]
+    return max(0, min([psutil.virtual_memory().available, *left]))
+
+
+def kv_rows(stage: Stage, stages_here: int) -> int:
+    """KV rows, of all sequences together, that a stage's free memory has room for.
+
+    `stages_here`: of this machine, or of the GPU; they share what is free.
+    """
+    free = KV_SHARE * memory_free_bytes(stage.device) / stages_here
+    return max(1, int(free / stage.store.row_bytes))
 
 
 def weights_bytes(stage: Stage) -> int:

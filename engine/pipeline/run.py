@@ -15,8 +15,9 @@ from engine.checkpoint.tokenizer import ensure_tokenizer
 from engine.decoding.tuner import Drafting, TreeTuner
 from engine.errors import StageLostError
 from engine.pipeline.build import Plan
-from engine.pipeline.group import tick_seconds
+from engine.pipeline.group import stages_here, tick_seconds
 from engine.pipeline.link import Kind, Link
+from engine.pipeline.memory import kv_rows
 from engine.pipeline.meter import StageMeter
 from engine.pipeline.rehearsal import rehearse
 from engine.pipeline.scheduler import Arrived, LinkDown, Scheduler
@@ -68,6 +69,8 @@ def run_rank(
             device=stage.device,
             nccl=dist.get_backend() == "nccl",
         )
+    if stage.kv_rows is None:
+        stage.kv_rows = kv_rows(stage, stages_here(plan.config))
     try:
         if link is not None and rank > 0:
             return _run_other(plan, stage, link, rank, emit)
@@ -104,7 +107,10 @@ def _run_first(
         costs = rehearse(stage, link, last, context_length=context, largest=largest)
         drafting.begin(*costs)
         kept.rehearsed = True
-    with _results_of(link, last, inbox), _measured(plan, stage, link, 0, emit):
+    with (
+        _results_of(stage, link, last, inbox) as room,
+        _measured(plan, stage, link, 0, emit),
+    ):
         scheduler = Scheduler(
             stage,
             link,
@@ -112,30 +118,36 @@ def _run_first(
             plan.config,
             drafting,
             context_length=plan.context_length,
+            kv_rows=room,
             inbox=inbox,
             emit=emit,
             tick_s=tick_seconds(plan.config),
         )
-        emit(_ready(plan, stage, codec, drafting.tree.size))
+        emit(_ready(plan, stage, codec, drafting.tree.size, scheduler.context_length))
         if (news := drafting.news()) is not None:
             emit(news)
         scheduler.run()
 
 
 @contextmanager
-def _results_of(link: Link | None, last: int, inbox: queue.SimpleQueue[Any]) -> Iterator[None]:
-    """Begin to put what rank `last` sends into the inbox, in a thread."""
+def _results_of(
+    stage: Stage, link: Link | None, last: int, inbox: queue.SimpleQueue[Any]
+) -> Iterator[int]:
+    """Begin to put what rank `last` sends into the inbox, in a thread.
+
+    Gives the KV rows that every stage has memory for.
+    """
     if link is None:
-        yield
+        yield stage.kv_rows or 1
         return
-    link.send(1, Kind.BEGIN)
-    link.receive(last)
+    link.send(1, Kind.BEGIN, [stage.kv_rows or 1])
+    _, (least,), _ = link.receive(last)
     thread = threading.Thread(
         target=_receive_results, args=(link, last, inbox), name="jupiter-results", daemon=True
     )
     thread.start()
     try:
-        yield
+        yield least
     finally:
         # The others notice that this rank is gone when the last that holds the connections ends.
         thread.join(RESULTS_END_S)
@@ -156,7 +168,9 @@ def load_codec(plan: Plan) -> TextCodec:
     return TextCodec(plan.folder, ensure_tokenizer(plan.folder), plan.model.eos_token_id)
 
 
-def _ready(plan: Plan, stage: Stage, codec: TextCodec, tree_size: int) -> EngineReady:
+def _ready(
+    plan: Plan, stage: Stage, codec: TextCodec, tree_size: int, context_length: int
+) -> EngineReady:
     return EngineReady(
         model=model_name(plan.config.base_model_name_or_path),
         stages=tuple(plan.config.stage_num_hidden_layers_list),
@@ -165,7 +179,7 @@ def _ready(plan: Plan, stage: Stage, codec: TextCodec, tree_size: int) -> Engine
         medusa_num_heads=plan.heads.num_heads,
         tree_size=tree_size,
         tree_tuned=plan.tuned,
-        context_length=plan.context_length,
+        context_length=context_length,
         has_chat_template=codec.has_chat_template,
     )
 

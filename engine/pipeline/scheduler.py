@@ -87,6 +87,7 @@ class Scheduler:
         drafting: Drafting,
         *,
         context_length: int,
+        kv_rows: int | None = None,
         inbox: queue.SimpleQueue[Any],
         emit: Callable[[Event], None],
         tick_s: float,
@@ -97,8 +98,13 @@ class Scheduler:
         self.inbox, self.tick_s = inbox, tick_s
         self.outlines = Outlines(codec, config, inbox.put, emit)
         self.emit = self.outlines.emit
-        self.slots = SlotTable(config.max_num_seqs)
+        budget = config.max_batch_total_tokens or kv_rows
+        if budget is not None:
+            self.context_length = min(context_length, budget)
+        self.slots = SlotTable(config.max_num_seqs, budget)
         self.waiting = WaitingRequests()
+        self.full = False
+        """The next request waits for memory, until another one ends."""
         self.running: list[Sequence] = []
         self.flights: deque[Flight] = deque()
         self.copies: list[Copy] = []
@@ -210,7 +216,7 @@ class Scheduler:
     # --- admission -------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while self.waiting and self.slots.any_free():
+        while self.waiting and not self.full and self.slots.any_free():
             request, arrived = self.waiting.pop()
             try:
                 with self.stage.meter.at_text():
@@ -219,14 +225,21 @@ class Scheduler:
                 code = error.code
                 self.emit(Failed(request_id=request.request_id, message=str(error), code=code))
                 continue
+            if sequence is None:
+                # Others wait behind it, or it would never have its turn.
+                self.waiting.put_back(request, arrived)
+                self.full = True
+                return
             self.running.append(sequence)
             self.emit(sequence.started())
             if sequence.finish_reason is not None:
                 self._end(sequence)
 
-    def _start(self, request: Generate, arrived: float) -> Sequence:
+    def _start(self, request: Generate, arrived: float) -> Sequence | None:
+        """The request with a place of its own; None where there is no room for it yet."""
         params, codec = request.params, self.codec
         rule = accept_rule(params, self.config)
+        max_tokens = params.max_tokens or self.config.max_new_tokens
         chat = request.messages is not None
         text = codec.render(request.messages) if request.messages else request.prompt or ""
         self._check_answered(request.answered)
@@ -238,10 +251,12 @@ class Scheduler:
             transcript=request.transcript,
             answered=request.answered,
             fork=isinstance(request, Fork),
+            max_tokens=max_tokens,
         )
+        if place is None:
+            return None
         slot, tokens, cached = place.slot, place.tokens, place.cached
-        if place.copy is not None:
-            self.copies.append(place.copy)
+        self.copies += place.copies
         new = len(tokens) + len(request.answered) - cached
         sequence = Sequence(
             request_id=request.request_id,
@@ -253,7 +268,7 @@ class Scheduler:
             prompt_text=text,
             rule=rule,
             limits=Limits(
-                params.max_tokens or self.config.max_new_tokens,
+                max_tokens,
                 self.config.max_steps,
                 self.context_length,
             ),
@@ -363,4 +378,5 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         sequence.release()
         self.running.remove(sequence)
+        self.full = False
         self.emit(sequence.finished())

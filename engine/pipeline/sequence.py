@@ -166,7 +166,7 @@ class Sequence:
         slot.keep, slot.keep_to = self.keep, self.keep_to
         exact = self.stream.is_text_of(tokens[self.prompt_tokens :])
         slot.text = self.prompt_text + self.stream.text if exact else ""
-        slot.busy = False
+        slot.free()
 
     def started(self) -> Started:
         """The opening event."""

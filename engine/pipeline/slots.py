@@ -26,6 +26,24 @@ class Slot:
     keep_to: int = 0
     busy: bool = False
     used: int = 0
+    reserved: int = 0
+    """While it is busy: rows that the sequence may come to have."""
+    held: int = 0
+    """Rows whose memory has been used since it was last given back."""
+
+    @property
+    def taken(self) -> int:
+        """Rows whose memory is, or may come to be, this slot's."""
+        return max(self.held, self.reserved)
+
+    def free(self) -> None:
+        """The sequence has ended."""
+        self.busy, self.held, self.reserved = False, max(self.held, len(self.tokens)), 0
+
+    def empty(self) -> Copy:
+        """Forget all rows; what has every stage give their memory back."""
+        self.tokens, self.rows, self.text, self.keep, self.held = [], 0, "", [], 0
+        return Copy(self.index, self.index, 0)
 
     def hold(self, tokens: list[int]) -> None:
         """While the slot is busy: all rows of `tokens` are there, or sent."""
@@ -48,15 +66,22 @@ class Place:
     """How many of these, and of the answer's, have their rows in the slot already."""
     keep: list[int]
     keep_to: int
-    copy: Copy | None = None
-    """What brings the rows there, to be sent with the very next micro-batch."""
+    copies: tuple[Copy, ...] = ()
+    """What brings the rows there, and empties other slots for them; to be sent with the very next
+    micro-batch."""
 
 
 class SlotTable:
-    """All slots, and the choice of one for a new prompt."""
+    """All slots, and the choice of one for a new prompt.
 
-    def __init__(self, count: int) -> None:
+    Args:
+        count: sequences at a time.
+        budget: rows that all of them together may have; None for no limit.
+    """
+
+    def __init__(self, count: int, budget: int | None = None) -> None:
         self.slots = [Slot(i) for i in range(count)]
+        self._budget = budget
         self._clock = 0
 
     def any_free(self) -> bool:
@@ -73,8 +98,12 @@ class SlotTable:
         transcript: Transcript | None = None,
         answered: Sequence[int] = (),
         fork: bool = False,
-    ) -> Place:
+        max_tokens: int | None = None,
+    ) -> Place | None:
         """Take the free slot that shares the longest beginning with the prompt.
+
+        None where the rows that prompt and answer may come to have do not fit beside those of the
+        sequences that run; it fits when some of these have ended.
 
         At most all tokens but the last count as cached: its row must run to give the answer's
         next token. Raises PromptError when the prompt has `limit` tokens or more.
@@ -87,6 +116,7 @@ class SlotTable:
             transcript: how the client knows the beginning of the prompt to be encoded.
             answered: tokens that the answer has already.
             fork: the rows may be copied from a slot that shares more, free or busy.
+            max_tokens: of the whole answer; None for as many as the context holds.
         """
         plain = codec.encode(text, add_special_tokens=not chat)
         known = 0
@@ -111,21 +141,53 @@ class SlotTable:
         if len(tokens) >= limit:
             raise PromptTooLongError(
                 f"the prompt has {len(tokens)} tokens; with room for an answer at most "
-                f"{limit - 1} fit the context (max_kv_cache_length and the model's own limit)"
+                f"{limit - 1} fit the context (max_kv_cache_length, max_batch_total_tokens and "
+                "the model's own limit)"
             )
-        keep, keep_to, copy = slot.keep, slot.keep_to, None
+        keep, keep_to = slot.keep, slot.keep_to
         whole = [*tokens, *answered]
+        need = limit if max_tokens is None else min(limit, len(tokens) + max_tokens)
+        source = None
         if fork:
             source = max(self.slots, key=lambda each: each.shared(whole))
             if (rows := source.shared(whole)) > shared:
                 slot = min((s for s in self.slots if not s.busy), key=lambda each: each.used)
-                copy = Copy(source.index, slot.index, rows)
                 shared, keep = rows, []
+            else:
+                source = None
+        emptied = self._make_room(slot, need, source)
+        if emptied is None:
+            return None
+        if slot in emptied or (source is not None and source in emptied):
+            shared, keep, source = 0, [], None
+        copies = [each.empty() for each in emptied]
+        if source is not None:
+            copies.append(Copy(source.index, slot.index, shared))
         self._clock += 1
-        slot.busy, slot.used = True, self._clock
+        slot.busy, slot.used, slot.reserved = True, self._clock, need
         slot.tokens, slot.rows, slot.text = whole[:shared], shared, ""
         slot.keep, slot.keep_to = keep, keep_to
-        return Place(slot, tokens, shared, keep, keep_to, copy)
+        return Place(slot, tokens, shared, keep, keep_to, tuple(copies))
+
+    def _make_room(self, slot: Slot, need: int, source: Slot | None) -> list[Slot] | None:
+        """Idle slots that are to be emptied so that `slot` can have `need` rows.
+
+        Those come first that were used longest ago, last `source`, which is to be copied, and the
+        slot itself. None where the running sequences leave too little.
+        """
+        if self._budget is None:
+            return []
+        others = [each for each in self.slots if each is not slot]
+        taken = sum(each.taken for each in others) + max(slot.held, need)
+        idle = [each for each in others if not each.busy and each.held]
+        idle.sort(key=lambda each: (each is source, each.used))
+        emptied = []
+        for each in [*idle, slot]:
+            if taken <= self._budget:
+                break
+            taken -= each.held if each is not slot else max(slot.held - need, 0)
+            emptied.append(each)
+        return emptied if taken <= self._budget else None
 
 
 def encode_on(before: str, tokens: Sequence[int], text: str, codec: TextCodec) -> list[int] | None:

@@ -59,6 +59,8 @@ class Stage:
             device=device,
         )
         self.meter = StageMeter()
+        self.kv_rows: int | None = None
+        """Of all sequences together, that there is memory for; None until that was measured."""
         self.neighbours = neighbours
         self._threads = self._all_threads = self.forward.threads
         self.patience_s = 0.0
@@ -160,6 +162,8 @@ def serve(stage: Stage, link: Link, rank: int, world: int) -> Kind:
                 link.send(after, Kind.BATCH, numbers, hidden)
         elif kind is Kind.MEASURE:
             profiler.handle(numbers)
+        elif kind is Kind.BEGIN:
+            link.send(after, kind, [min(stage.kv_rows or numbers[0], numbers[0])])
         else:
             link.send(after, kind)
         if kind is Kind.STOP:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
@@ -248,3 +249,22 @@ def test_an_unsupported_feature_is_named(change: dict, named: str) -> None:
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(CheckpointError, match="'hidden_size' is missing"):
         ModelConfig.from_dict({k: v for k, v in VICUNA_7B.items() if k != "hidden_size"})
+
+
+def test_an_emptied_slot_gives_its_memory_back_and_only_its_own() -> None:
+    # Slots 2 and 3 share one cache; a slot of a layer fills whole pages.
+    store = KVStore(2, 1, 4096, 16, dtype=torch.float32, device="cpu")
+    for slot in (2, 3):
+        cache, place = store.find(slot)
+        cache.k[:, place] = cache.v[:, place] = 1.0 + slot
+    before = psutil.Process().memory_info().rss
+    store.copy(2, 2, 0)
+    released = before - psutil.Process().memory_info().rss
+    cache, place = store.find(2)
+    size = 4 * cache.k[0, place].nbytes  # two layers, keys and values
+    assert released > 0.8 * size
+    assert not cache.k[:, place].any()
+    assert not cache.v[:, place].any()
+    cache, place = store.find(3)
+    assert (cache.k[:, place] == 4.0).all()
+    assert store.row_bytes == 2 * 2 * 16 * 4

@@ -287,6 +287,51 @@ def test_more_requests_than_slots_are_all_answered() -> None:
     assert [tokens_of(events[str(i)]) for i in range(len(PROMPTS))] == expected
 
 
+def test_sequences_are_admitted_by_the_rows_that_they_may_come_to_have() -> None:
+    engine = Engine(NO_HEADS, max_num_seqs=8, max_batch_total_tokens=100)
+    taken: list[int] = []
+    emit = engine.scheduler.emit
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Started):
+            busy = [slot for slot in engine.scheduler.slots.slots if slot.busy]
+            taken.append(sum(slot.taken for slot in engine.scheduler.slots.slots))
+            assert sum(slot.reserved for slot in busy) <= 100
+        emit(event)
+
+    engine.scheduler.emit = watch
+    events = engine.ask(*(prompt(str(i), text) for i, text in enumerate(PROMPTS)))
+    assert [tokens_of(events[str(i)]) for i in range(len(PROMPTS))] == [
+        expected_greedy(engine.codec, text, 24) for text in PROMPTS
+    ]
+    # The order is kept: a long one is not passed by short ones.
+    assert len(taken) == len(PROMPTS)
+    assert max(taken) <= 100
+    # A prompt that can never fit is told so; an answer without a limit has what there is.
+    bad = engine.ask(prompt("bad", "x" * 100))["bad"][-1]
+    full = engine.ask(prompt("full", "x" * 90, SamplingParams(temperature=0)))["full"][-1]
+    engine.stop()
+    assert isinstance(bad, Failed)
+    assert "max_batch_total_tokens" in bad.message
+    assert isinstance(full, Finished)
+    assert (full.context_full, full.prompt_tokens + full.completion_tokens) == (True, 100)
+
+
+def test_a_queue_of_thousands_is_cancelled_at_once() -> None:
+    engine = Engine(NO_HEADS, max_num_seqs=1)
+    engine.inbox.put(prompt("runs", PROMPTS[1]))
+    names = [f"w{n}" for n in range(4000)]
+    for name in names:
+        engine.inbox.put(prompt(name, "x"))
+    for name in reversed(names):
+        engine.inbox.put(Cancel(name))
+    events = engine.collect({"runs", *names})
+    engine.stop()
+    ended = [events[name][-1] for name in names]
+    assert all(isinstance(event, Finished) for event in ended)
+    assert len(tokens_of(events["runs"])) == 24
+
+
 def test_a_stop_string_ends_the_text_before_it(plain: Engine) -> None:
     whole = text_of(plain.ask(prompt("all", PROMPTS[3]))["all"])
     stop = whole[9:12]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint.dcp import Chunk, DcpReader, whole
+from engine.checkpoint.dcp import Chunk, DcpReader
 from engine.checkpoint.mcore_files import COMMON, FORMAT, iteration_folder, model_folder
 from engine.checkpoint.mcore_names import (
     LAYERS,
     WITH_EXTRA_STATE,
     McoreTensor,
-    join,
     model_tensors,
     split,
 )
@@ -37,37 +36,12 @@ from engine.model.config import ModelConfig
 VERSION = 3.0
 
 
-def to_chunks(
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    *,
-    tp_rank: int = 0,
-    tp_size: int = 1,
-    prefix: str = "",
-) -> list[Chunk]:
-    """The chunks that one rank writes.
-
-    Args:
-        tensors: by Hugging Face's names, as one tensor-parallel rank has them: of q, k, v, gate,
-            up, the embedding and `lm_head` its rows, of o and down its columns, the others whole.
-            Of a layer all parts or none. Names that are no base model's stay as they are.
-        prefix: before each key, such as `optimizer.state.exp_avg.`.
-    """
-    chunks, left = [], dict(tensors)
-    for tensor in model_tensors(config):
-        if tensor.parts[0] in left:
-            joined = join(tensor, [left.pop(part) for part in tensor.parts], config.head_dim)
-            chunks += place(tensor, joined, config, tp_rank, tp_size, prefix)
-    return [*chunks, *(whole(prefix + name, value) for name, value in left.items())]
-
-
 def place(
     tensor: McoreTensor,
     joined: Tensor,
     config: ModelConfig,
     tp_rank: int = 0,
     tp_size: int = 1,
-    prefix: str = "",
 ) -> list[Chunk]:
     """Where a rank's part of `tensor`, as `join` gives it, lies in the whole.
 
@@ -77,14 +51,12 @@ def place(
     if tensor.kind == "gate_up" and tp_size > 1:
         pieces = list(joined.chunk(2))
     return [
-        _chunk(tensor, piece, config, tp_rank + number * tp_size, prefix)
+        _chunk(tensor, piece, config, tp_rank + number * tp_size)
         for number, piece in enumerate(pieces)
     ]
 
 
-def _chunk(
-    tensor: McoreTensor, piece: Tensor, config: ModelConfig, number: int, prefix: str
-) -> Chunk:
+def _chunk(tensor: McoreTensor, piece: Tensor, config: ModelConfig, number: int) -> Chunk:
     """`piece` as the `number`-th along the dim that ranks share."""
     offsets = [0] * len(tensor.shape)
     if tensor.split_dim is not None:
@@ -94,7 +66,7 @@ def _chunk(
         shape, offsets = (config.num_hidden_layers, *shape), [tensor.layer, *offsets]
         value = piece[None]
     sizes = tuple(value.shape)
-    return Chunk(prefix + tensor.key, shape, tuple(offsets), sizes, value.dtype, lambda: value)
+    return Chunk(tensor.key, shape, tuple(offsets), sizes, value.dtype, lambda: value)
 
 
 def extra_states(config: ModelConfig, layers: Iterable[int]) -> dict[str, list[Tensor]]:
@@ -267,24 +239,14 @@ class McoreReader:
         tensor, number = self._places[key]
         where = f"{tensor.key}/{tensor.layer}"
         if self._last is None or self._last[0] != where:  # q, k and v come from one
-            self._last = where, self.parts(tensor)
+            self._last = where, self._parts(tensor)
         return self._last[1][number].contiguous()
 
-    def parts(
-        self, tensor: McoreTensor, tp_rank: int = 0, tp_size: int = 1, prefix: str = ""
-    ) -> list[Tensor]:
-        """A tensor-parallel rank's parts of `tensor`, in the order of `tensor.parts`.
-
-        Raises CheckpointError.
-        """
-        shape = list(tensor.shape)
-        if tensor.split_dim is not None:
-            shape[tensor.split_dim] //= tp_size
-        joined = torch.empty(shape, dtype=self.dcp.dtype(prefix + tensor.key))
-        chunks = place(tensor, joined, self.config, tp_rank, tp_size, prefix)
-        self.dcp.read([self._padded(chunk) for chunk in chunks])
-        groups = self.config.num_key_value_heads // tp_size
-        return split(tensor, joined, self.config.head_dim, groups)
+    def _parts(self, tensor: McoreTensor) -> list[Tensor]:
+        """The parts of `tensor`, in the order of `tensor.parts`."""
+        joined = torch.empty(tensor.shape, dtype=self.dcp.dtype(tensor.key))
+        self.dcp.read([self._padded(chunk) for chunk in place(tensor, joined, self.config)])
+        return split(tensor, joined, self.config.head_dim, self.config.num_key_value_heads)
 
     def _padded(self, chunk: Chunk) -> Chunk:
         """Megatron may pad the vocabulary; the rows that are more than the model's are not read."""
@@ -294,27 +256,3 @@ class McoreReader:
             return chunk
         shape = (stored[0], *chunk.shape[1:])
         return Chunk(chunk.key, shape, chunk.offsets, chunk.sizes, chunk.dtype, chunk.load)
-
-    def stage(
-        self,
-        names: Sequence[str],
-        *,
-        tp_rank: int = 0,
-        tp_size: int = 1,
-        prefix: str = "",
-    ) -> dict[str, Tensor]:
-        """One rank's tensors of these names, cut as `to_chunks` takes them.
-
-        Raises:
-            CheckpointError: as for DcpReader.
-        """
-        wanted = set(names)
-        found: dict[str, Tensor] = {}
-        for tensor in model_tensors(self.config):
-            if wanted.isdisjoint(tensor.parts):
-                continue
-            values = self.parts(tensor, tp_rank, tp_size, prefix)
-            found.update(zip(tensor.parts, values, strict=True))
-        for name in wanted.difference(found):
-            found[name] = self.dcp.box(prefix + name)
-        return {name: found[name] for name in names}

@@ -136,10 +136,7 @@ def join(tensor: McoreTensor, parts: Sequence[Tensor], head_dim: int) -> Tensor:
 
 
 def split(tensor: McoreTensor, joined: Tensor, head_dim: int, groups: int) -> list[Tensor]:
-    """The parts that `join` put together, in the order of `tensor.parts`.
-
-    groups: KV groups in `joined`, those of one rank.
-    """
+    """The `groups` KV groups' parts that `join` put together, in the order of `tensor.parts`."""
     if tensor.kind == "qkv":
         rows = joined.reshape(groups, -1, *joined.shape[1:])
         sizes = [rows.shape[1] - 2 * head_dim, head_dim, head_dim]

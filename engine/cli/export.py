@@ -140,5 +140,5 @@ def _same(folder: Path, checkpoint: Path, args: ExportArguments) -> bool:
 
 
 def _report_tensors(done: int, total: int) -> None:
-    if done * 20 // total != (done - 1) * 20 // total:
+    if done * 5 // total != (done - 1) * 5 // total:
         report(f"writing tensor {done} of {total}")

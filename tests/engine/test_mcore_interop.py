@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from engine.checkpoint.load import load_weights
+from engine.checkpoint.mcore_convert import to_mcore
 from engine.checkpoint.mcore_files import write_tracker
 from engine.model.config import ModelConfig
 from engine.model.llama import Rows, Segment
 from engine.model.medusa import MedusaLlamaForCausalLM
 from tests.engine import megatron_peer
-from tests.engine.test_checkpoint_mcore import weights_of, write
 from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.skipif(
@@ -32,7 +32,8 @@ pytestmark = pytest.mark.skipif(
 def test_both_read_the_other(kind: str, tmp_path: Path) -> None:
     folder = tiny_folder(kind)
     config = ModelConfig.from_folder(folder)
-    ours = write(tmp_path / "ours", config, weights_of(folder), ranks=2)
+    to_mcore(folder, tmp_path / "ours", tp=2)
+    ours = tmp_path / "ours" / "iter_0000001"
     theirs = tmp_path / "theirs" / "iter_0000001"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -11,6 +11,7 @@ from engine.errors import ConfigError
 BENCHES = {
     "batch": "engine.bench.batch",
     "decode": "engine.bench.decode",
+    "outline": "engine.bench.outline",
     "prefill": "engine.bench.prefill",
     "quality": "engine.bench.quality",
     "soak": "engine.bench.soak",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from engine.errors import ExitCode, JupiterError
 
 COMMANDS = {
-    "bench": "measure on this machine: `bench batch`, `decode`, `outline`, `prefill`, `soak`, `step`, `ui`",
+    "bench": "measure on this machine: `bench batch`, `decode`, `outline`, `prefill`, `soak`, …",
     "export": "convert between Hugging Face folders and Megatron-Core checkpoints",
     "fetch": "bring a model into the cache and print its folder",
     "infer": "answer questions with a model folder or a training checkpoint",

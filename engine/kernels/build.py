@@ -14,6 +14,7 @@ from pathlib import Path
 from engine.paths import cache_dir
 
 SOURCE = Path(__file__).with_name("layers.cpp")
+HEADERS = ("attention.h", "judge.h", "pool.h", "products.h", "rows.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-w")
 NEEDED = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512_vnni"))
 COMPILE_S = 120
@@ -71,7 +72,9 @@ def cpu_flags() -> frozenset[str]:
 def _key(compiler: str) -> str:
     """Of everything that the library depends on."""
     flags = " ".join(sorted(cpu_flags()))
-    parts = [SOURCE.read_text(encoding="utf-8"), *FLAGS, compiler, platform.machine(), flags]
+    files = (SOURCE, *map(SOURCE.with_name, HEADERS))
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    parts = [*texts, *FLAGS, compiler, platform.machine(), flags]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

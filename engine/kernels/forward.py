@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from engine.decoding.tree import ROOT_ONLY, Tree, depths_of, with_chain
+from engine.decoding.tree import Tree
+from engine.kernels.arena import Arena
 from engine.kernels.build import NoKernelsError
 from engine.kernels.native import (
     COLS,
     PAIR,
-    ROW,
+    EntryRows,
+    HeadParts,
     Kernels,
+    NativeHeads,
     NativeLayers,
     PackedLayer,
     PackedLinear,
     interleave,
     pack,
 )
+from engine.kernels.sequential import SequentialHeads, pack_module, take_weights
 from engine.model.config import ModelConfig
-from engine.model.head_kinds import tokens_seen
 from engine.model.kv_cache import KVStore
 from engine.model.llama import LlamaDecoderLayer
-from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, RootBlock, draft_along
-from engine.model.quantize import QuantizedLinear
-from engine.pipeline.batch import Entry
+from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, ResBlock, RootBlock
+from engine.pipeline.batch import Entry, Result
+from engine.pipeline.scores import NodeScores
 
-LINEARS = (nn.Linear, QuantizedLinear)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
-"""Sizes that `attend_any` of layers.cpp is compiled for."""
+"""Sizes that `attend_any` of attention.h is compiled for."""
+FIRST_NODES = 8
+"""Nodes of a tree whose likeliest token is looked up at once: while `lm_head` comes from memory, so
+many are computed."""
+FIRST_NODES_BESIDE = 3
+"""With other trees beside it, which have it read as well."""
 
 
 class NativeForward:
@@ -53,7 +57,9 @@ class NativeForward:
         if problem := _problem(config, model.heads):
             raise NoKernelsError(problem)
         self._model, self._kernels, self.threads = model, Kernels(threads), threads
-        layers = [_pack_layer(layer) for layer in model.model.layers]  # type: ignore[arg-type]
+        arena = Arena()
+        self._last = hasattr(model.model, "norm")
+        layers = [_pack_layer(layer, arena) for layer in model.model.layers]  # type: ignore[arg-type]
         self._layers = NativeLayers(
             self._kernels,
             layers,
@@ -63,44 +69,81 @@ class NativeForward:
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
+            embedding=_embedding(model),
+            final_norm=model.model.norm.weight if self._last else None,
         )
-        self._half = config.head_dim // 2
+        self._places: dict[int, tuple[int, int, int, int]] = {}
+        self._turns = (torch.empty(0), torch.empty(0))
         self.packed_bytes = sum(layer.nbytes for layer in layers)
-        if hasattr(model, "lm_head"):
-            self._lm_head = _pack(model.lm_head)
-            self._heads = _Heads(model, self._kernels, self._lm_head)
-            self.packed_bytes += self._lm_head.nbytes + self._heads.nbytes
+        if self._last:
+            self._lm_head = pack_module(model.lm_head, arena)
+            self.packed_bytes += self._lm_head.nbytes
+            self._pack_heads(arena)
+
+    def _pack_heads(self, arena: Arena) -> None:
+        model, parts = self._model, _NO_PARTS
+        self._sequential: SequentialHeads | None = None
+        if model.heads.kind == "hydra":
+            self._sequential = SequentialHeads(model, self._kernels, self._lm_head, arena)
+            self.packed_bytes += self._sequential.nbytes
+        elif model.heads.num_heads:
+            parts = _head_parts(model, arena)
+            lists = [parts.fc1, parts.fc2, parts.outputs, *parts.blocks]
+            self.packed_bytes += sum(w.nbytes for each in lists for w in each)
+        if not parts.outputs:
+            parts = replace(parts, outputs=[self._lm_head])
+        vocabulary, count = model.config.vocab_size, model.heads.num_heads
+        self._heads = NativeHeads(self._kernels, self._lm_head, vocabulary, count, parts)
 
     @property
     def progress(self) -> int:
         """See Forward."""
         return self._kernels.progress
 
-    def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
-        """As MedusaLlamaForCausalLM.forward: tokens int64 [rows] or hidden states, to hidden."""
-        model = self._model
-        x = model.model.embed_tokens(x) if hasattr(model.model, "embed_tokens") else x.clone()
-        rows, seen, positions = _row_table(entries, store)
-        cosine, sine = model.model.rotary_emb(torch.from_numpy(positions), torch.float32)
-        cosine = cosine[:, 0, : self._half].contiguous()
-        sine = sine[:, 0, : self._half].contiguous()
-        self._layers.run(x, cosine, sine, rows, seen)
-        if not hasattr(model.model, "norm"):
-            return x
-        return self._kernels.norm(x, model.model.norm.weight, model.config.rms_norm_eps)
-
     def use_threads(self, threads: int) -> None:
         """See Forward."""
         self._kernels.use(threads)
 
+    def layers(self, x: Tensor | Sequence[int], entries: Sequence[Entry], store: KVStore) -> Tensor:
+        """See Forward."""
+        rows = (EntryRows * len(entries))()
+        parents: list[int] = []
+        keep: list[int] = []
+        end = 0
+        for place, entry in zip(rows, entries, strict=True):
+            place.k, place.v, place.layer, place.head = self._place(entry.slot, store)
+            place.start, place.rows = entry.start, len(entry.parents)
+            place.keep_to, place.kept = entry.keep_to, len(entry.keep)
+            parents += entry.parents
+            keep += entry.keep
+            end = max(end, place.start + place.rows)
+        return self._layers.run(x, rows, parents, keep, end, *self._turns_to(end), more=self._last)
+
+    def _place(self, slot: int, store: KVStore) -> tuple[int, int, int, int]:
+        """Addresses of a slot's keys and values, and floats from layer to layer, head to head."""
+        if slot not in self._places:
+            cache, number = store.find(slot)
+            layer, per_slot, head, _, _ = cache.k.stride()
+            at = number * per_slot * cache.k.element_size()
+            self._places[slot] = cache.k.data_ptr() + at, cache.v.data_ptr() + at, layer, head
+        return self._places[slot]
+
+    def _turns_to(self, end: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the positions up to `end`, float32 [at least `end`, head_dim / 2]."""
+        if len(self._turns[0]) < end:
+            half = self._model.config.head_dim // 2
+            found = self._model.model.rotary_emb(torch.arange(2 * end), torch.float32)
+            self._turns = tuple(each[:, 0, :half].contiguous() for each in found)
+        return self._turns
+
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [rows, vocab_size] of normed hidden states."""
-        out = self._kernels.linear(self._lm_head, hidden)
+        out = self._kernels.linear(self._lm_head, hidden, more=True)
         return out[:, : self._model.config.vocab_size]
 
     def best(self, hidden: Tensor) -> list[int]:
         """See Forward; the logits themselves are never stored."""
-        return self._kernels.best(self._lm_head, hidden, self._model.config.vocab_size)
+        return self._kernels.best(self._lm_head, hidden, self._model.config.vocab_size, more=True)
 
     def draft(
         self,
@@ -111,91 +154,78 @@ class NativeForward:
         tree: Tree | None = None,
     ) -> Tensor:
         """As MedusaLlamaForCausalLM.draft."""
-        return self._heads.draft(hidden, roots, k, heads, tree)
+        if self._sequential:
+            return self._sequential.draft(hidden, roots, k, heads, tree)
+        return self._heads.draft(hidden, roots.tolist(), k, self._count(heads))
 
     def guess(self, head: int, hidden: Tensor, known: Tensor, k: int) -> Tensor:
-        """As MedusaLlamaForCausalLM.guess."""
-        return self._heads.guess(head, hidden, known, k)
+        """As MedusaLlamaForCausalLM.guess, of heads that see what was drafted."""
+        assert self._sequential
+        return self._sequential.guess(head, hidden, known, k)
+
+    def _count(self, heads: int | None) -> int:
+        count = self._model.heads.num_heads
+        return count if heads is None else min(heads, count)
+
+    def judge_greedy(
+        self, trees: Sequence[NodeScores], k: int, heads: int | None
+    ) -> list[Result] | None:
+        """See Forward."""
+        if self._sequential:
+            k = 0
+        tokens: list[int] = []
+        parents: list[int] = []
+        for tree in trees:
+            tokens += tree.tokens
+            parents += tree.parents
+        alone = len(trees) == 1
+        found = self._heads.judge(
+            trees[0].hidden if alone else torch.cat([tree.hidden for tree in trees]),
+            [len(tree.tokens) for tree in trees],
+            tokens,
+            parents,
+            first_nodes=FIRST_NODES if alone else FIRST_NODES_BESIDE,
+            k=k,
+            heads=self._count(heads) if k else 0,
+        )
+        return [Result(*each) for each in found]
 
 
-class _Heads:
-    """The Medusa heads; products at the same depth of all heads are one call."""
+_NO_PARTS = HeadParts([], [], [], [], own_output=False, width=0, tokens=None, embedding=None)
 
-    def __init__(
-        self, model: MedusaLlamaForCausalLM, kernels: Kernels, lm_head: PackedLinear
-    ) -> None:
-        self._model, self._kernels = model, kernels
-        self._tied = self._lm_head = lm_head
-        self._width = model.heads.vocab_size or model.config.vocab_size
-        self.nbytes = 0
-        if model.draft_head is not None:
-            self._width = len(model.heads.token_map or ())
-            self._lm_head = _pack(model.draft_head)
-            self.nbytes += self._lm_head.nbytes
-        self._packed: list[dict[str, list[PackedLinear]]] = []
-        for blocks in zip(*model.medusa_head, strict=True) if model.heads.num_heads else ():
-            if _is_linear(blocks[0]):
-                self._packed.append({"output": [_pack(block) for block in blocks]})
-                continue
-            names = [name for name, child in blocks[0].named_children() if _is_linear(child)]
-            self._packed.append(
-                {name: [_pack(getattr(block, name)) for block in blocks] for name in names}
-            )
-        lists = [each for parts in self._packed for each in parts.values()]
-        self.nbytes += sum(packed.nbytes for each in lists for packed in each)
 
-    def draft(
-        self, hidden: Tensor, roots: Tensor, k: int, count: int | None, tree: Tree | None
-    ) -> Tensor:
-        model, heads, run = self._model, self._model.heads, self._kernels.linears
-        if heads.kind == "hydra":
-            tree = tree or with_chain(ROOT_ONLY, count or heads.num_heads)
-            return draft_along(tree, roots, lambda head, known: self.guess(head, hidden, known, k))
-        width = hidden.shape[1]
-        n = heads.num_heads if count is None else min(count, heads.num_heads)
-        x = hidden.expand(n, *hidden.shape)
-        for parts in self._packed:
-            if "fc1" in parts:
-                both = RootBlock.inputs(hidden, self._embed(roots[:, None]))
-                inner = F.silu(run(parts["fc1"][:n], both.expand(n, *both.shape)))
-                x = x + run(parts["fc2"][:n], inner)[..., :width]
-            elif "linear" in parts:
-                x = x + F.silu(run(parts["linear"][:n], x)[..., :width])
-            else:
-                x = run(parts["output"][:n], x)
-        x = x.flatten(0, 1)
-        if heads.vocab_size is None:
-            x = self._kernels.linear(self._lm_head, x)
-        best = self._kernels.top(x, self._width, k)
-        if (token_map := model.draft_tokens) is not None:
-            best = token_map[best]
-        return best.view(n, len(hidden), k).transpose(0, 1)
+def _embedding(model: MedusaLlamaForCausalLM) -> Tensor | None:
+    return model.model.embed_tokens.weight if hasattr(model.model, "embed_tokens") else None
 
-    def guess(self, head: int, hidden: Tensor, known: Tensor, k: int) -> Tensor:
-        n, nodes, _ = known.shape
-        rows = hidden[:, None].expand(n, nodes, -1).flatten(0, 1)
-        run, width, x = self._kernels.linear, hidden.shape[1], rows
-        for parts in self._packed:
-            if "fc1" in parts:
-                seen = known.flatten(0, 1)[:, : tokens_seen(self._model.heads.kind, head)]
-                inner = F.silu(run(parts["fc1"][head], RootBlock.inputs(rows, self._embed(seen))))
-                x = x + run(parts["fc2"][head], inner)[..., :width]
-            elif "linear" in parts:
-                x = x + F.silu(run(parts["linear"][head], x)[..., :width])
-            else:
-                x = run(parts["output"][head], x)
-        if self._model.heads.vocab_size is None:
-            x = run(self._lm_head, x)
-        best = self._kernels.top(x, self._width, k)
-        if (token_map := self._model.draft_tokens) is not None:
-            best = token_map[best]
-        return best.view(n, nodes, k)
 
-    def _embed(self, roots: Tensor) -> Tensor:
-        model = self._model
-        if hasattr(model, "root_embedding") or hasattr(model.model, "embed_tokens"):
-            return model.embed_root(roots)
-        return self._tied.rows(roots.flatten()).view(*roots.shape, -1)
+def _head_parts(model: MedusaLlamaForCausalLM, arena: Arena) -> HeadParts:
+    """The heads as the kernels take them, without outputs where they share `lm_head`."""
+    heads = model.heads
+    columns = list(zip(*model.medusa_head, strict=True))
+
+    def packed(kind: type[nn.Module], name: str) -> list[list[PackedLinear]]:
+        chosen = [column for column in columns if isinstance(column[0], kind)]
+        return [[pack_module(getattr(block, name), arena) for block in column] for column in chosen]
+
+    fc1, fc2 = packed(RootBlock, "fc1"), packed(RootBlock, "fc2")
+    outputs = []
+    if heads.vocab_size is not None:
+        outputs = [pack_module(block, arena) for block in columns[-1]]
+    elif model.draft_head is not None:
+        outputs = [pack_module(model.draft_head, arena)]
+    cut = model.draft_tokens
+    return HeadParts(
+        blocks=packed(ResBlock, "linear"),
+        fc1=fc1[0] if fc1 else [],
+        fc2=fc2[0] if fc2 else [],
+        outputs=outputs,
+        own_output=heads.vocab_size is not None,
+        width=len(cut) if cut is not None else heads.vocab_size or model.config.vocab_size,
+        tokens=None if cut is None else cut.tolist(),
+        embedding=model.root_embedding.weight
+        if hasattr(model, "root_embedding")
+        else _embedding(model),
+    )
 
 
 def _problem(config: ModelConfig, heads: HeadShape) -> str:
@@ -211,70 +241,16 @@ def _problem(config: ModelConfig, heads: HeadShape) -> str:
     return ""
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, LINEARS)
-
-
-def _take(module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-    """Weight, scale, bias and block of a linear layer; a quantized one gives its weight away."""
-    if isinstance(module, QuantizedLinear):
-        weight, module.weight = module.weight, module.weight.new_empty(0)
-        return weight, module.scale, module.bias, module.block
-    assert isinstance(module, nn.Linear)
-    return module.weight, None, module.bias, 1
-
-
-def _pack(module: nn.Module) -> PackedLinear:
-    return pack(*_take(module))
-
-
-def _pack_layer(layer: LlamaDecoderLayer) -> PackedLayer:
+def _pack_layer(layer: LlamaDecoderLayer, arena: Arena) -> PackedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     assert attention.qkv_proj is not None and mlp.gate_up_proj is not None
-    weight, scale, bias, block = _take(mlp.gate_up_proj)
-    scale, bias = (None if t is None else interleave(*t.chunk(2)) for t in (scale, bias))
+    weight, scale, bias, block = take_weights(mlp.gate_up_proj)
+    bias = None if bias is None else interleave(*bias.chunk(2))
     return PackedLayer(
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,
-        _pack(attention.qkv_proj),
-        _pack(attention.o_proj),
-        pack(interleave(*weight.chunk(2)), scale, bias, block),
-        _pack(mlp.down_proj),
+        pack_module(attention.qkv_proj, arena),
+        pack_module(attention.o_proj, arena),
+        pack(interleave(*weight.chunk(2)), interleave(*scale.chunk(2)), bias, block, arena=arena),
+        pack_module(mlp.down_proj, arena),
     )
-
-
-def _row_table(
-    entries: Sequence[Entry], store: KVStore
-) -> tuple[NDArray[np.void], NDArray[np.int32], NDArray[np.int64]]:
-    """Rows for `NativeLayers.run`, the rows they see, and positions int64 [rows]."""
-    tables, numbers, positions, first = [], [], [], 0
-    for entry in entries:
-        cache, slot = store.find(entry.slot)
-        seen, counts, depths = _step_shape(tuple(entry.parents))
-        table = np.zeros(len(counts), ROW)
-        layer, per_slot, head, _, _ = cache.k.stride()
-        table["k"] = cache.k.data_ptr() + slot * per_slot * 4
-        table["v"] = cache.v.data_ptr() + slot * per_slot * 4
-        table["layer"], table["head"] = layer, head
-        table["start"] = entry.start
-        table["place"] = entry.start + np.arange(len(counts))
-        table["seen"] = first + np.cumsum(counts) - counts
-        table["count"] = counts
-        tables.append(table)
-        numbers.append(seen)
-        positions.append(entry.start + depths)
-        first += len(seen)
-    return np.concatenate(tables), np.concatenate(numbers), np.concatenate(positions)
-
-
-@lru_cache(maxsize=256)
-def _step_shape(
-    parents: tuple[int, ...],
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
-    """Of a tree: each node's line of ancestors with itself, how many these are, and depths."""
-    lines: list[list[int]] = []
-    for node, parent in enumerate(parents):
-        lines.append([*(lines[parent] if parent >= 0 else ()), node])
-    flat = np.fromiter((n for line in lines for n in line), np.int32)
-    counts = np.fromiter(map(len, lines), np.int32)
-    return flat, counts, np.fromiter(depths_of(parents), np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -27,13 +28,15 @@ class KVCache:
         head_dim: int,
         *,
         slots: int = 1,
+        huge_pages: bool = False,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        """`huge_pages`: quicker to read; the first row that is written takes the memory of all."""
         shape = (num_layers, slots, num_kv_heads, capacity, head_dim)
         self._pages: list[mmap.mmap] = []
-        self.k = self._zeros(shape, dtype, torch.device(device))
-        self.v = self._zeros(shape, dtype, torch.device(device))
+        self.k = self._zeros(shape, dtype, torch.device(device), huge_pages)
+        self.v = self._zeros(shape, dtype, torch.device(device), huge_pages)
 
     @property
     def slots(self) -> int:
@@ -110,17 +113,20 @@ class KVCache:
                 if end > first:
                     pages.madvise(mmap.MADV_DONTNEED, first, end - first)
 
-    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _zeros(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, huge_pages: bool
+    ) -> Tensor:
         if device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
         # Pages of the system cost nothing until they are written; torch's zeros are written at
-        # once, and most of a context is never used. Huge pages would fill whole megabytes for one
+        # once, and most of a context is never used. Huge pages fill whole megabytes for one
         # row. Private ones, as only these can be given back.
         pages = mmap.mmap(
             -1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            pages.madvise(mmap.MADV_NOHUGEPAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                pages.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
         self._pages.append(pages)
         return torch.frombuffer(pages, dtype=dtype).view(shape)
 
@@ -129,7 +135,8 @@ class KVStore:
     """The caches of all slots of a stage, made when a slot is first used.
 
     They double in size (1, 1, 2, 4, ... slots), so that a single chat holds the rows of a single
-    sequence and a large batch still lies in a few large tensors.
+    sequence and a large batch still lies in a few large tensors. The first, a single chat's, has
+    huge pages.
     """
 
     def __init__(
@@ -164,7 +171,11 @@ class KVStore:
         cache = self._caches.get(first)
         if cache is None:
             cache = self._caches[first] = KVCache(
-                *self._shape, slots=size, dtype=self._dtype, device=self._device
+                *self._shape,
+                slots=size,
+                huge_pages=first == 0,
+                dtype=self._dtype,
+                device=self._device,
             )
         return cache, slot - first
 

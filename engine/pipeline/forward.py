@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch import Tensor
 from engine.decoding.tree import Tree
 from engine.model.kv_cache import KVStore
 from engine.model.medusa import MedusaLlamaForCausalLM
-from engine.pipeline.batch import Entry, attention_rows
+from engine.pipeline.batch import Entry, Result, attention_rows
+
+if TYPE_CHECKING:
+    from engine.pipeline.scores import NodeScores
 
 
 class Forward(Protocol):
@@ -32,10 +35,11 @@ class Forward(Protocol):
     def progress(self) -> int:
         """Layers computed so far; another thread may look."""
 
-    def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
-        """Tokens int64 [rows] on the first stage, else hidden states, to hidden states.
+    def layers(self, x: Tensor | Sequence[int], entries: Sequence[Entry], store: KVStore) -> Tensor:
+        """Tokens [rows] on the first stage, else hidden states, to hidden states.
 
-        On the last stage they are normed, [rows, hidden_size].
+        The rows that entries keep are moved before. On the last stage hidden states are normed,
+        [rows, hidden_size].
         """
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -56,6 +60,15 @@ class Forward(Protocol):
 
     def guess(self, head: int, hidden: Tensor, known: Tensor, k: int) -> Tensor:
         """As MedusaLlamaForCausalLM.guess."""
+
+    def judge_greedy(
+        self, trees: Sequence[NodeScores], k: int, heads: int | None
+    ) -> list[Result] | None:
+        """Greedy results of some trees with `k` candidates of each of the first `heads` heads.
+
+        Without candidates where `k` is 0, or where drafting is a call of its own; None where this
+        is to be done piece by piece.
+        """
 
 
 class ModuleForward:
@@ -80,8 +93,14 @@ class ModuleForward:
     def _count(self, *_: object) -> None:
         self.progress += 1
 
-    def layers(self, x: Tensor, entries: Sequence[Entry], store: KVStore) -> Tensor:
+    @torch.inference_mode()
+    def layers(self, x: Tensor | Sequence[int], entries: Sequence[Entry], store: KVStore) -> Tensor:
         """See Forward."""
+        for entry in entries:
+            cache, slot = store.find(entry.slot)
+            cache.move(slot, entry.keep, entry.keep_to)
+        if not isinstance(x, Tensor):
+            x = torch.tensor(x, device=self._device)
         config = self._model.config
         rows = attention_rows(
             entries,
@@ -92,14 +111,17 @@ class ModuleForward:
         )
         return self._model(x, rows)
 
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """See Forward."""
         return self._model.lm_head(hidden).float()
 
+    @torch.inference_mode()
     def best(self, hidden: Tensor) -> list[int]:
         """See Forward."""
         return self._model.lm_head(hidden).argmax(dim=-1).tolist()
 
+    @torch.inference_mode()
     def draft(
         self,
         hidden: Tensor,
@@ -111,6 +133,13 @@ class ModuleForward:
         """See Forward."""
         return self._model.draft(hidden, roots, k, heads, tree)
 
+    @torch.inference_mode()
     def guess(self, head: int, hidden: Tensor, known: Tensor, k: int) -> Tensor:
         """See Forward."""
         return self._model.guess(head, hidden, known, k)
+
+    def judge_greedy(
+        self, trees: Sequence[NodeScores], k: int, heads: int | None
+    ) -> list[Result] | None:
+        """See Forward."""
+        return None

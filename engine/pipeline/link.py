@@ -1,11 +1,14 @@
-"""One hop between stages: a small header of fixed layout, then one payload."""
+"""One hop between stages: one message, or two where it is large."""
 
 from __future__ import annotations
 
+import ctypes
+import struct
+from array import array
 from contextlib import nullcontext
 from enum import IntEnum
+from itertools import chain
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +16,11 @@ from torch import Tensor
 from engine.pipeline.meter import StageMeter
 
 HEADER_LENGTH = 4
+HEADER_BYTES = 8 * HEADER_LENGTH
+FIRST_BYTES = 1 << 16
+"""Room for a first message: what fits there whole needs no second one."""
+FIRST_BYTES_NCCL = 1 << 14
+"""NCCL sends and receives the same size, so that is always sent."""
 
 
 class Kind(IntEnum):
@@ -32,9 +40,11 @@ class Kind(IntEnum):
 class Link:
     """Point-to-point messages of one rank over torch.distributed (gloo or NCCL).
 
-    Header, int64 [4]: kind, count of int64 numbers, rows of hidden states, free. Payload, uint8:
-    the numbers, then the hidden states [rows, hidden_size]. No pickled objects, no collectives:
-    a small send and receive costs about 40 µs. With gloo the tensors pass through host memory.
+    A message: header, int64 [4]: kind, count of int64 numbers, rows of hidden states, free; then
+    the numbers; then the hidden states [rows, hidden_size]. A decode step is a few kilobytes and
+    leaves as one; where all of it is too long, the header comes alone and the rest behind it. With
+    gloo a receive takes whatever shorter message comes. No pickled objects, no collectives: with
+    gloo the tensors pass through host memory.
     """
 
     def __init__(
@@ -51,18 +61,20 @@ class Link:
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.device = device
-        self.wire = device if nccl else torch.device("cpu")
+        self._nccl = nccl
+        self.first_bytes = FIRST_BYTES_NCCL if nccl else FIRST_BYTES
         self.row_bytes = hidden_size * dtype.itemsize
-        self._incoming = (self._header(), self._buffer(1 << 16))
-        # Two outgoing pairs: one is filled while the other is still being sent.
-        self._outgoing = [(self._header(), self._buffer(1 << 16)) for _ in range(2)]
+        self._incoming = _Buffer(self.first_bytes)
+        # Two outgoing ones: one is filled while the other is still being sent.
+        self._outgoing = [_Buffer(self.first_bytes) for _ in range(2)]
         self._sending: list[list[dist.Work]] = [[], []]
         self._turn = 0
 
     def beside(self) -> Link:
         """Another link of this rank, to receive with while a thread waits in this one's."""
-        nccl = self.wire == self.device and self.device.type == "cuda"
-        return Link(hidden_size=self.hidden_size, dtype=self.dtype, device=self.device, nccl=nccl)
+        return Link(
+            hidden_size=self.hidden_size, dtype=self.dtype, device=self.device, nccl=self._nccl
+        )
 
     def send(
         self, to: int, kind: Kind, numbers: list[int] | None = None, hidden: Tensor | None = None
@@ -72,61 +84,59 @@ class Link:
         `hidden` is [rows, hidden_size] of the link's dtype.
         """
         with self.meter.during("link"):
-            self._send(to, kind, numbers, hidden)
+            self._send(to, kind, numbers or [], hidden)
 
-    def _send(self, to: int, kind: Kind, numbers: list[int] | None, hidden: Tensor | None) -> None:
+    def _send(self, to: int, kind: Kind, numbers: list[int], hidden: Tensor | None) -> None:
         turn = self._turn = 1 - self._turn
         for work in self._sending[turn]:
             work.wait()
-        numbers = numbers or []
         rows = 0 if hidden is None else len(hidden)
-        split, size = len(numbers) * 8, len(numbers) * 8 + rows * self.row_bytes
-        header, payload = self._outgoing[turn]
-        if len(payload) < size:
-            payload = self._buffer(2 * size)
-            self._outgoing[turn] = (header, payload)
-        header.copy_(torch.tensor([kind, len(numbers), rows, 0]))
-        works = [dist.isend(header, to)]
-        if size:
-            if numbers:
-                values = torch.from_numpy(np.array(numbers, dtype=np.int64))
-                payload[:split].view(torch.int64).copy_(values)
-            if hidden is not None:
-                target = payload[split:size].view(self.dtype).view(rows, self.hidden_size)
-                target.copy_(hidden)
-            works.append(dist.isend(payload[:size], to))
-        self._sending[turn] = [work for work in works if work is not None]
-        self.meter.moved += 1
+        split = HEADER_BYTES + 8 * len(numbers)
+        size = split + rows * self.row_bytes
+        out = self._outgoing[turn]
+        out.make_room(size)
+        out.put_numbers(chain((kind, len(numbers), rows, 0), numbers))
+        if hidden is not None:
+            out.put_rows(split, hidden)
+        if size <= self.first_bytes:
+            parts = [out.part(0, self.first_bytes if self._nccl else size)]
+        else:
+            parts = [out.part(0, self.first_bytes if self._nccl else HEADER_BYTES)]
+            parts.append(out.part(HEADER_BYTES, size))
+        self._sending[turn] = [_group().send([self._on_wire(part)], to, 0) for part in parts]
 
     def receive(
         self, source: int, meter: StageMeter | None = None
     ) -> tuple[Kind, list[int], Tensor]:
         """Wait for the next message of `source`.
 
-        With a `meter` what follows the header counts as time of the link; until the header is
-        there, the caller's own activity goes on.
+        With a `meter` what follows the first part counts as time of the link; until that is there,
+        the caller's own activity goes on.
 
         Returns its kind, its numbers, and its hidden states on the device (valid until the next
         receive). Raises RuntimeError when the peer is gone or the group's timeout has passed.
         """
-        header, _ = self._incoming
-        dist.recv(header, source)
-        self.meter.moved += 1
-        kind, count, rows, _ = header.tolist()
+        self._receive(source, 0, self.first_bytes)
+        kind, count, rows, _ = self._incoming.numbers(0, HEADER_LENGTH)
         with nullcontext() if meter is None else meter.during("link"):
-            return Kind(kind), *self._payload(source, count, rows)
+            split = HEADER_BYTES + 8 * count
+            size = split + rows * self.row_bytes
+            if size > self.first_bytes:
+                self._incoming.make_room(size)
+                self._receive(source, HEADER_BYTES, size)
+            numbers = self._incoming.numbers(HEADER_BYTES, count)
+            hidden = self._incoming.rows(split, rows, self.hidden_size, self.dtype)
+            return Kind(kind), list(numbers), hidden.to(self.device)
 
-    def _payload(self, source: int, count: int, rows: int) -> tuple[list[int], Tensor]:
-        header, payload = self._incoming
-        split, size = count * 8, count * 8 + rows * self.row_bytes
-        if len(payload) < size:
-            payload = self._buffer(2 * size)
-            self._incoming = (header, payload)
-        if size:
-            dist.recv(payload[:size], source)
-        numbers = payload[:split].view(torch.int64).tolist()
-        hidden = payload[split:size].view(self.dtype).view(rows, self.hidden_size)
-        return numbers, hidden.to(self.device)
+    def _receive(self, source: int, start: int, end: int) -> None:
+        part = self._incoming.part(start, end)
+        wire = self._on_wire(part)
+        _group().recv([wire], source, 0).wait()
+        if wire is not part:
+            part.copy_(wire)
+
+    def _on_wire(self, part: Tensor) -> Tensor:
+        return part.to(self.device) if self._nccl else part
 
     def flush(self) -> None:
         """Wait until everything sent has left."""
@@ -135,8 +145,42 @@ class Link:
                 work.wait()
             works.clear()
 
-    def _header(self) -> Tensor:
-        return torch.zeros(HEADER_LENGTH, dtype=torch.int64, device=self.wire)
 
-    def _buffer(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self.wire)
+def _group() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+class _Buffer:
+    """Host memory for one message; written and read without torch where that is quicker."""
+
+    def __init__(self, size: int) -> None:
+        self._bytes = torch.zeros(size, dtype=torch.uint8)
+        self._view = self._bytes.numpy().data
+
+    def make_room(self, size: int) -> None:
+        """What was there is lost where it has to grow."""
+        if len(self._bytes) < size:
+            self.__init__(2 * size)  # type: ignore[misc]
+
+    def part(self, start: int, end: int) -> Tensor:
+        return self._bytes[start:end]
+
+    def put_numbers(self, numbers: chain[int]) -> None:
+        """int64, from the beginning on."""
+        values = array("q", numbers)
+        self._view[: 8 * len(values)] = memoryview(values).cast("B")
+
+    def numbers(self, start: int, count: int) -> tuple[int, ...]:
+        return struct.unpack_from(f"<{count}q", self._view, start)
+
+    def put_rows(self, start: int, rows: Tensor) -> None:
+        if rows.device.type == "cpu" and rows.is_contiguous():
+            ctypes.memmove(self._bytes.data_ptr() + start, rows.data_ptr(), rows.nbytes)
+        else:
+            self.rows(start, rows.shape[0], rows.shape[1], rows.dtype).copy_(rows)
+
+    def rows(self, start: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        size = rows * width * dtype.itemsize
+        return self._bytes[start : start + size].view(dtype).view(rows, width)

@@ -8,9 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
-
-from msgspec.structs import replace
+from typing import Any, Literal
 
 from engine.protocol import FlightSpan
 
@@ -57,7 +55,8 @@ class StageMeter:
         """Of them, those behind the layers: `lm_head`, heads, acceptance."""
         self.prefill_rows = 0
         self.prefill_busy_s = 0.0
-        self._spans: deque[FlightSpan] = deque(maxlen=SPANS_KEPT)
+        self._spans: deque[list[Any]] = deque(maxlen=SPANS_KEPT)
+        """Fields of FlightSpan, whose objects are made when they are asked for."""
         self._since_1970 = time.time() - clock()
 
     @contextmanager
@@ -109,8 +108,7 @@ class StageMeter:
 
     def spans(self) -> tuple[FlightSpan, ...]:
         """The latest micro-batches, oldest first."""
-        with self._lock:
-            return tuple(self._spans)
+        return tuple(FlightSpan(*span) for span in tuple(self._spans))
 
     def count(self, rows: int, *, decode: bool, seconds: float, points: Iterable[int] = ()) -> None:
         """A micro-batch of `rows` rows was passed through the layers in `seconds`, up to now.
@@ -122,9 +120,8 @@ class StageMeter:
         self.steps += 1
         self.rows += rows
         ended = self._clock() + self._since_1970
-        span = FlightSpan(self.steps - 1, ended - seconds, ended, rows, decode, tuple(points))
-        with self._lock:
-            self._spans.append(span)
+        span = [self.steps - 1, ended - seconds, ended, rows, decode, tuple(points)]
+        self._spans.append(span)
         if decode:
             self.decode_steps += 1
         else:
@@ -139,9 +136,7 @@ class StageMeter:
         self._add(decode=decode, seconds=seconds)
         if decode:
             self.decode_judge_s += seconds
-        with self._lock:
-            ended = self._clock() + self._since_1970
-            self._spans.append(replace(self._spans.pop(), ended=ended))
+        self._spans[-1][2] = self._clock() + self._since_1970
 
     def _add(self, *, decode: bool, seconds: float) -> None:
         if decode:

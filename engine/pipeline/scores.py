@@ -29,7 +29,7 @@ class NodeScores:
         self.tokens = entry.tokens[-1:] if alone else entry.tokens
         self.parents = [-1] if alone else entry.parents
         self.position = entry.start + len(entry.tokens) - len(self.tokens)
-        self.hidden = hidden[-len(self.tokens) :]
+        self.hidden = hidden if len(hidden) == len(self.tokens) else hidden[-len(self.tokens) :]
         self._forward = forward
         self.best_tokens: dict[int, int] = {}
         self.node_logits: dict[int, Tensor] = {}

@@ -73,7 +73,6 @@ class Stage:
             self._threads = threads
             self.forward.use_threads(threads)
 
-    @torch.inference_mode()
     def run(self, entries: Sequence[Entry], hidden: Tensor | None) -> Tensor:
         """Pass a micro-batch through this stage's layers.
 
@@ -83,12 +82,8 @@ class Stage:
         began = time.perf_counter()
         for copy in (copy for entry in entries for copy in entry.copies):
             self.store.copy(*copy)
-        for entry in entries:
-            cache, slot = self.store.find(entry.slot)
-            cache.move(slot, entry.keep, entry.keep_to)
-        if hidden is None:
-            hidden = torch.tensor([t for e in entries for t in e.tokens], device=self.device)
-        out = self.forward.layers(hidden, entries, self.store)
+        tokens = [t for e in entries for t in e.tokens] if hidden is None else hidden
+        out = self.forward.layers(tokens, entries, self.store)
         if self.device.type == "cuda":
             # A kernel runs on after its call: without this the link would be blamed for its time.
             torch.cuda.synchronize(self.device)
@@ -97,7 +92,6 @@ class Stage:
         self.meter.count(len(out), decode=is_decode(entries), seconds=seconds, points=points)
         return out
 
-    @torch.inference_mode()
     def judge(self, entries: Sequence[Entry], hidden: Tensor) -> list[Result]:
         """Results of the entries that want one, in order; only on the last stage.
 
@@ -105,27 +99,39 @@ class Stage:
         """
         began = time.perf_counter()
         judged = [
-            NodeScores(self.forward, entry, hidden[rows])
+            NodeScores(self.forward, entry, hidden if len(entries) == 1 else hidden[rows])
             for entry, rows in zip(entries, row_slices(entries), strict=True)
             if entry.judge is not Judge.NONE
         ]
         if not judged:
             return []
-        look_ahead(self.forward, judged)
-        results = [_result(scores) for scores in judged]
         width = max(scores.entry.draft_width for scores in judged)
-        if width:
-            ends = [each.hidden[r.path[-1]] for each, r in zip(judged, results, strict=True)]
-            roots = torch.tensor([result.next_token for result in results], device=self.device)
-            wanted = [scores.entry.draft_heads for scores in judged]
-            heads = max(wanted) if all(wanted) else None
-            tree = judged[0].entry.draft_tree
-            drafts = self.forward.draft(torch.stack(ends), roots, width, heads, tree).tolist()
-            for each, result, tokens in zip(judged, results, drafts, strict=True):
-                result.candidates = [some[: each.entry.draft_width] for some in tokens]
+        wanted = [scores.entry.draft_heads for scores in judged]
+        heads = max(wanted) if all(wanted) else None
+        results = None
+        if all(scores.entry.rule.greedy for scores in judged):
+            results = self.forward.judge_greedy(judged, width, heads)
+        if results is None:
+            look_ahead(self.forward, judged)
+            results = [_result(scores) for scores in judged]
+        if width and not results[0].candidates:
+            self._draft(judged, results, width, heads)
+        for scores, result in zip(judged, results, strict=True):
+            if scores.entry.draft_width < width:
+                result.candidates = [some[: scores.entry.draft_width] for some in result.candidates]
         seconds = time.perf_counter() - began
         self.meter.count_judging(decode=is_decode(entries), seconds=seconds)
         return results
+
+    def _draft(
+        self, judged: list[NodeScores], results: list[Result], width: int, heads: int | None
+    ) -> None:
+        ends = [each.hidden[r.path[-1]] for each, r in zip(judged, results, strict=True)]
+        roots = torch.tensor([result.next_token for result in results], device=self.device)
+        tree = judged[0].entry.draft_tree
+        drafts = self.forward.draft(torch.stack(ends), roots, width, heads, tree).tolist()
+        for result, tokens in zip(results, drafts, strict=True):
+            result.candidates = tokens
 
 
 def is_decode(entries: Sequence[Entry]) -> bool:

@@ -151,6 +151,11 @@ def _same(left: Any, right: Any) -> bool:
 def _check_tree(config: JupiterConfig, spec: HeadSpec) -> None:
     if isinstance(config.medusa_choices, str):
         return
+    if not config.medusa_choices:  # the schema forbids it in a file, not in code
+        raise ConfigError(
+            "key 'medusa_choices': no paths; list at least one, such as [[0]], or use \"auto\", or "
+            "medusa_head_path null for plain decoding"
+        )
     deepest = max(config.medusa_choices, key=len)
     if len(deepest) > spec.num_heads:
         raise ConfigError(

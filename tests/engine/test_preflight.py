@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from engine.checkpoint.heads import write_heads
 from engine.checkpoint.preflight import preflight
@@ -164,6 +165,8 @@ def test_explicit_paths_are_not_deeper_than_the_heads(tmp_path: Path) -> None:
     preflight(config(medusa_head_path=path, medusa_choices=deep[:2]), folder)
     preflight(config(medusa_head_path=path, medusa_choices="mc_63"), folder)  # trimmed later
     preflight(config(medusa_choices=deep), folder)  # no heads, no tree
+    with pytest.raises(ConfigError, match="'medusa_choices': no paths"):
+        preflight(replace(config(medusa_head_path=path), medusa_choices=[]), folder)
     with pytest.raises(ConfigError, match=r"\[0, 0, 1\] needs 3 Medusa heads, but there are 2"):
         preflight(config(medusa_head_path=path, medusa_choices=deep), folder)
     with pytest.raises(ConfigError, match=r"\[0, 0\] needs 2 Medusa heads, but there are 1"):

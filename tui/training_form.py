@@ -239,7 +239,7 @@ def _check_files(args: TrainArguments, checked: Checked) -> None:
                 checked.errors[name] = f"{path}: not a data file; the kinds are {KINDS}"
     if args.load is not None:
         load = Path(args.load).expanduser()
-        parts = ("latest_checkpointed_iteration.txt", "checkpoint.json")
+        parts = ("latest_checkpointed_iteration.txt", "metadata.json")
         if not any((load / part).is_file() for part in parts):
             checked.errors["load"] = f"{load}: holds no checkpoint; name a run folder"
 

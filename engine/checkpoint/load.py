@@ -30,6 +30,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    cut: Callable[[str, Tensor], Tensor] = lambda name, whole: whole,
 ) -> None:
     """Give `model`, built on the meta device, exactly its own parameters.
 
@@ -40,6 +41,7 @@ def load_weights(
     Args:
         dtype: of all parameters; device: where they go.
         progress: called with the number of tensors loaded and their total.
+        cut: what to keep of the tensor for a parameter, by its name.
 
     Raises:
         CheckpointError: a tensor is missing, damaged or of another shape; one line with the
@@ -50,6 +52,7 @@ def load_weights(
     loaded: dict[str, nn.Parameter] = {}
 
     def place(found: _Found) -> None:
+        found.tensor = cut(found.name, found.tensor)
         if found.tensor.shape != shapes[found.name]:
             raise CheckpointError(
                 f"{found.file}: tensor {found.source} is {list(found.tensor.shape)}, "

@@ -17,7 +17,9 @@ COMMANDS = {
     "medusa": "train Medusa heads (also: `medusa generate`, `medusa eval`)",
     "merge": "write base model and Medusa heads as one Hugging Face folder",
     "plan": "measure stages and links, and choose split and chunks",
+    "pt": "train the model itself on plain text (continued pretraining)",
     "run": "answer one prompt in this process with the merged model",
+    "sft": "train the model itself on answers (supervised fine-tuning)",
     "stage": "run one stage by hand; start one per rank in separate shells",
 }
 

@@ -6,12 +6,11 @@ and docs are made of the same definitions.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
+from engine.cli.training import checked
 from engine.errors import ConfigError, ExitCode
-from engine.training.args import GROUPS, TrainArguments, notes, parse_arguments, validate
+from engine.training.args import GROUPS, TrainArguments
 from engine.training.args_fields import arguments
 from engine.training.args_medusa import EvalArguments, GenerateArguments, SelfDistillation
 from engine.training.args_parse import parse, without
@@ -36,11 +35,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    args = parse_arguments(words, PROG)
-    validate(args, _ranks())
-    if "RANK" not in os.environ:  # or the command that started the ranks has told it
-        for note in notes(args):
-            print(f"{PROG}: {note}", file=sys.stderr)
+    args = checked(words, "medusa")
     if args.generate is not None:
         output = args.generate_output or f"{args.generate}.answers.jsonl"
         code = _answer_first(args, args.generate, output)
@@ -88,18 +83,6 @@ def _eval(words: Sequence[str]) -> int:
     from engine.training.head_report import run
 
     return int(run(args))
-
-
-def _ranks() -> int:
-    """How many ranks there are, or are about to be started (variables as torchrun has them)."""
-    names = ("WORLD_SIZE",) if "WORLD_SIZE" in os.environ else ("NPROC_PER_NODE", "NNODES")
-    ranks = 1
-    for name in names:
-        text = os.environ.get(name, "1")
-        if not (text.isascii() and text.isdigit() and int(text) > 0):
-            raise ConfigError(f"{name}={text}: must be a whole number from 1")
-        ranks *= int(text)
-    return ranks
 
 
 def _help(command: str) -> str:

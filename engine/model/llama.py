@@ -149,15 +149,19 @@ class LlamaAttention(nn.Module):
         """[rows, hidden_size] -> the same; writes each segment's keys and values."""
         q, k, v = self.project(x)
         q, k = rotate(q, *angles), rotate(k, *angles)
+        return self.o_proj(self.attend_rows(q, k, v, rows, layer))
+
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, layer: int) -> Tensor:
+        """Attention of all rows, each to its own sequence: [rows, heads * head_dim]."""
         parts = [self.attend(q[s.rows], k[s.rows], v[s.rows], s, layer) for s in rows.segments]
         if not rows.groups:
-            return self.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts))
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         out = q.new_empty(len(q), self.num_heads * self.head_dim)
         for segment, part in zip(rows.segments, parts, strict=True):
             out[segment.rows] = part
         for group in rows.groups:
             out[group.rows] = self.attend_group(q, k, v, group, layer)
-        return self.o_proj(out)
+        return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, layer: int) -> Tensor:
         """Attention of one sequence's n rows: [n, heads * head_dim]."""

@@ -26,7 +26,6 @@ NotNegative = Annotated[float, Meta(ge=0.0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 PartOfOne = Annotated[float, Meta(gt=0.0, le=1.0)]
 
-LATER = "comes with `jupiter sft`"
 NONE_WORDS = ("none", "null")
 _METADATA = "argument"
 
@@ -60,7 +59,7 @@ def arg(
     shown: str | None = None,
     instead: str | None = None,
     only: Sequence[Any] | None = None,
-    because: str = LATER,
+    because: str = "",
     also: Sequence[str] = (),
     none_words: Sequence[str] | None = None,
 ) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.training.args_fields import Count, NotNegative, PartOfOne, PositiveInt, arg
-from engine.training.args_medusa import ProgressMode
+from engine.training.args_run import ProgressMode
 
 
 @dataclass(frozen=True, kw_only=True)

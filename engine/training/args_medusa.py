@@ -15,9 +15,9 @@ from engine.training.args_fields import (
     Share,
     arg,
 )
+from engine.training.args_run import ProgressMode
 
 Layout = Literal["fasterdecoding", "vllm", "v2", "jupiter"]
-ProgressMode = Literal["auto", "json", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +79,6 @@ class Medusa:
         "layout of the written heads",
         shown="jupiter for root and hydra heads, v2 with `original_lm_head`, else fasterdecoding",
     )
-    num_train_epochs: Positive | None = arg(
-        None, "length of the run in passes over the data", shown="1, where `train_iters` is none"
-    )
-    batch_input: list[str] = arg(
-        [], "inputs of the `jupiter-tui --batch` outputs in `dataset`", shown="none"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +92,6 @@ class Answers:
         None, "sequences decoded at a time", shown="the config's"
     )
     limit: PositiveInt | None = arg(None, "only the first so many prompts", shown="all")
-    progress: ProgressMode = arg("auto", "on stderr: for people, as JSON lines, or only failures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +112,7 @@ class SelfDistillation(Answers):
 class GenerateArguments(Answers):
     """`jupiter medusa generate`."""
 
+    progress: ProgressMode = arg("auto", "on stderr: for people, as JSON lines, or only failures")
     dataset: list[str] = arg([], "prompt files, each `path[#N]`", shown="required")
     output: str | None = arg(None, "JSONL file of the answers", shown="required")
     model: str | None = arg(None, "the model that answers, on one stage", shown="the config's")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.training.args_fields import (
-    LATER,
     Count,
     NotNegative,
     Positive,
@@ -16,7 +15,7 @@ from engine.training.args_fields import (
 )
 
 _MODELS = "the model's"
-_NO_DROPOUT = f"dropout {LATER}"
+_NO_DROPOUT = "no supported model is trained with dropout"
 
 
 @dataclass(frozen=True, kw_only=True)

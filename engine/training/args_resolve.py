@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.model.config import ModelConfig, RopeScaling
+from engine.model.config import ROPE_TYPES, ModelConfig, RopeScaling
 from engine.training.args import TrainArguments, model_source
 from engine.training.args_fields import show
 
@@ -18,6 +18,8 @@ SAVE_ROOT = "megatron_output"
 
 def with_model(args: TrainArguments, model: ModelConfig, folder: Path) -> TrainArguments:
     """The arguments with what the model in `folder` says in the place of None.
+
+    From scratch, `model` is what `shaped` makes of it.
 
     Sets seq_length, max_length, bf16, save, lr_decay_iters (where train_iters is set),
     eval_interval and the model's shape.
@@ -36,22 +38,97 @@ def with_model(args: TrainArguments, model: ModelConfig, folder: Path) -> TrainA
         if asked is not None and asked > context:
             raise ConfigError(f"--{name} {asked}: the model's context is {context} tokens")
     _check_stages(args, model)
+    check_divides(model, args.tensor_model_parallel_size)
     if args.truncated_vocab_size is not None and args.truncated_vocab_size > model.vocab_size:
         raise ConfigError(
             f"--truncated_vocab_size {args.truncated_vocab_size}: "
             f"the vocabulary has {model.vocab_size} tokens"
         )
-    seq_length = args.seq_length or context
+    seq_length, stored = args.seq_length or context, _stored_dtype(folder)
     return dataclasses.replace(
         args,
         **{name: value for name, value in shape.items() if name != "padded_vocab_size"},
         seq_length=seq_length,
         max_length=min(args.max_length or seq_length, seq_length),
-        bf16=_stored_dtype(folder) == "bfloat16" if args.bf16 is None else args.bf16,
+        bf16=stored == "bfloat16" and not args.fp16 if args.bf16 is None else args.bf16,
+        fp16=stored == "float16" and not args.bf16 if args.fp16 is None else args.fp16,
         save=args.save or str(Path(SAVE_ROOT) / model_suffix(model_source(args))),
         lr_decay_iters=args.lr_decay_iters or args.train_iters,
         eval_interval=args.eval_interval or args.save_interval,
     )
+
+
+def shaped(args: TrainArguments, model: ModelConfig) -> ModelConfig:
+    """The model that training from scratch begins with: `model` but for what the arguments say.
+
+    Raises:
+        ConfigError: sizes that do not fit each other, with the numbers.
+    """
+    if not args.from_scratch:
+        return model
+    heads = args.num_attention_heads or model.num_attention_heads
+    groups = model.num_key_value_heads if args.num_attention_heads is None else heads
+    if args.group_query_attention is not False and args.num_query_groups is not None:
+        groups = args.num_query_groups
+    width = args.hidden_size or model.hidden_size
+    changed = args.hidden_size is not None or args.num_attention_heads is not None
+    head_dim = width // heads if changed else model.head_dim
+    if (changed and width % heads) or heads % groups or head_dim % 2:
+        raise ConfigError(
+            f"--num_attention_heads {heads}: hidden_size {width} and num_query_groups {groups} "
+            "do not fit; heads divide the width into even parts, and groups the heads"
+        )
+    fields: dict[str, Any] = {
+        "num_hidden_layers": args.num_layers,
+        "hidden_size": width,
+        "intermediate_size": args.ffn_hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if args.group_query_attention is False else groups,
+        "head_dim": head_dim,
+        "max_position_embeddings": args.max_position_embeddings,
+        "rope_theta": args.rotary_base,
+        "rms_norm_eps": args.norm_epsilon,
+        "tie_word_embeddings": _not(args.untie_embeddings_and_output_weights),
+        "attention_bias": args.add_qkv_bias,
+        "mlp_bias": _not(args.disable_bias_linear),
+        "attention_out_bias": _not(args.disable_bias_linear),
+        "rope_scaling": None if args.rope_scaling is None else _scaling(args.rope_scaling),
+    }
+    return dataclasses.replace(model, **{k: v for k, v in fields.items() if v is not None})
+
+
+def _not(value: bool | None) -> bool | None:
+    return None if value is None else not value
+
+
+def _scaling(text: str) -> RopeScaling:
+    values = _scaling_values(text)
+    names = {field.name for field in dataclasses.fields(RopeScaling)}
+    unknown = values.keys() - names - {"rope_theta"}
+    if unknown or values.get("rope_type", "default") not in ROPE_TYPES:
+        raise ConfigError(
+            f"--rope_scaling {text}: rope_type is one of {', '.join(ROPE_TYPES)}, "
+            f"with {', '.join(sorted(names))}"
+        )
+    return RopeScaling(**{k: v for k, v in values.items() if k in names})
+
+
+def check_divides(model: ModelConfig, ranks: int) -> None:
+    """Check that so many tensor parallel ranks can share a layer.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    sizes = {
+        "attention heads": model.num_attention_heads,
+        "KV heads": model.num_key_value_heads,
+        "MLP columns": model.intermediate_size,
+    }
+    for what, size in sizes.items():
+        if size % ranks:
+            raise ConfigError(
+                f"--tensor_model_parallel_size {ranks}: does not divide the model's {size} {what}"
+            )
 
 
 def model_suffix(source: str) -> str:
@@ -95,22 +172,29 @@ def _scaling_text(scaling: RopeScaling) -> str:
 
 
 def _same_scaling(text: str, known: str | None) -> bool:
+    values = json.loads(known or "{}")
+    return all(values.get(key) == value for key, value in _scaling_values(text).items())
+
+
+def _scaling_values(text: str) -> dict[str, Any]:
     try:
         asked = json.loads(text)
     except ValueError:
         asked = None
     if not isinstance(asked, dict):
         raise ConfigError(f"--rope_scaling {text}: must be a JSON object")
-    values = json.loads(known or "{}")
-    plain = {("rope_type" if key == "type" else key): value for key, value in asked.items()}
-    return all(values.get(key) == value for key, value in plain.items())
+    return {("rope_type" if key == "type" else key): value for key, value in asked.items()}
 
 
 def _check_stages(args: TrainArguments, model: ModelConfig) -> None:
     layers, stages = model.num_hidden_layers, args.pipeline_model_parallel_size
-    if stages > layers:
+    parts = stages * args.pipeline_chunks
+    if parts > layers:
+        name = "pipeline" if args.pipeline_chunks == 1 else "virtual_pipeline"
+        size = stages if args.pipeline_chunks == 1 else args.pipeline_chunks
         raise ConfigError(
-            f"--pipeline_model_parallel_size {stages}: the model has only {layers} layers"
+            f"--{name}_model_parallel_size {size}: the model has only {layers} layers"
+            + ("" if args.pipeline_chunks == 1 else f" for {parts} parts")
         )
     split = args.stage_num_hidden_layers_list
     if split is not None and sum(split) != layers:

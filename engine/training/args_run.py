@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.training.args_fields import LATER, Positive, PositiveInt, Share, arg
+from engine.training.args_fields import Positive, PositiveInt, Share, arg
+
+ProgressMode = Literal["auto", "json", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,23 +22,30 @@ class Checkpoint:
     )
     no_save_optim: bool = arg(False, "leave the optimizer's state out of checkpoints")
     no_save_rng: bool = arg(False, "leave the random states out of checkpoints")
-    load: str | None = arg(None, "run folder (or iteration folder) to go on with")
+    load: str | None = arg(
+        None,
+        "run folder (or iteration folder) to go on with, or weights that `jupiter export` made",
+    )
     no_load_optim: bool = arg(False, "do not take the optimizer's state from it")
     no_load_rng: bool = arg(False, "do not take the random states from it")
     finetune: bool = arg(False, "take only the weights from `load`; the run begins at step 0")
+    async_save: bool = arg(
+        False, "write checkpoints while the run goes on, from a copy of what they hold"
+    )
     ckpt_format: Literal["torch_dist", "torch", "zarr"] = arg(
         "torch_dist",
-        "each rank writes its own part; any number of ranks can go on with them",
-        only=["torch_dist"],
-        because="such checkpoints are not written",
+        "torch_dist: each rank writes its own part; torch: all in one file; any number of ranks "
+        "can go on with both",
+        only=["torch_dist", "torch"],
+        because="Megatron-Core itself has given this format up",
     )
     no_initialization: bool = arg(
         True,
-        "whether weights are made before they are loaded",
-        instead="weights that a checkpoint holds are never made first",
+        "false: training from scratch; new weights are drawn with the seed, unless `load` has "
+        "some, and the model's arguments decide its shape",
     )
     auto_detect_ckpt_format: bool = arg(
-        True, "whether the format is looked up", instead="there is one format"
+        True, "take the format of `load` as it is; false: only `ckpt_format` will do"
     )
     exit_on_missing_checkpoint: bool = arg(
         True, "an error when `load` holds no checkpoint; false: begin anew"
@@ -54,7 +63,7 @@ class Distributed:
         True, "each data-parallel rank keeps and updates its part of the optimizer (ZeRO-1)"
     )
     tensor_model_parallel_size: PositiveInt = arg(
-        1, "ranks that share each layer", only=[1], because=f"tensor parallel training {LATER}"
+        1, "ranks that share each layer: attention heads, MLP, vocabulary"
     )
     pipeline_model_parallel_size: PositiveInt = arg(
         1, "stages that the layers are split over; the split may be uneven"
@@ -62,23 +71,28 @@ class Distributed:
     stage_num_hidden_layers_list: list[PositiveInt] | None = arg(
         None, "decoder layers of each pipeline stage", shown="as even as can be"
     )
+    pipeline_schedule: Literal["1f1b", "gpipe", "interleaved"] = arg(
+        "1f1b", "in what order a stage does its micro-batches"
+    )
+    virtual_pipeline_model_parallel_size: PositiveInt | None = arg(
+        None, "with interleaved: parts of the layers that each stage has", shown="2"
+    )
     sequence_parallel: bool = arg(
-        False,
-        "split the rows between layers too",
-        only=[False],
-        because=f"it goes with tensor parallel training, which {LATER}",
+        False, "between the products of a layer, tensor parallel ranks share the rows"
     )
     context_parallel_size: PositiveInt = arg(
-        1, "ranks that share each sequence", only=[1], because=f"context parallel training {LATER}"
+        1, "ranks that share each sequence; keys and values are gathered in each layer"
     )
     tp_comm_overlap: bool = arg(
-        False, "overlap of tensor parallel messages", instead="there are no such messages"
+        False,
+        "overlap of tensor parallel messages",
+        instead="a product waits for its message; torch has no kernel that does both in one",
     )
     overlap_grad_reduce: bool = arg(
-        False, "reduce gradients during the backward", only=[False], because=f"overlap {LATER}"
+        False, "add up gradients over the replicas while the backward goes on"
     )
     overlap_param_gather: bool = arg(
-        False, "gather weights during the forward", only=[False], because=f"overlap {LATER}"
+        False, "fetch the replicas' weights while the next forward begins"
     )
     distributed_timeout_minutes: Positive = arg(
         60.0, "a rank gives up on a neighbour that is silent for so long"
@@ -89,6 +103,7 @@ class Distributed:
 class Logging:
     """What is told of a run."""
 
+    progress: ProgressMode = arg("auto", "on stderr: for people, as JSON lines, or only failures")
     log_params_norm: bool = arg(True, "log the norm of the weights that learn")
     log_throughput: bool = arg(True, "log tokens per second")
     tensorboard_log_interval: PositiveInt = arg(1, "steps from one TensorBoard point to the next")
@@ -112,6 +127,12 @@ class Run:
     val_dataset: list[str] = arg([], "data files for evaluation, as `dataset`", shown="none")
     split_dataset_ratio: Share = arg(
         0.01, "share of `dataset` held out for evaluation where there is no `val_dataset`"
+    )
+    batch_input: list[str] = arg(
+        [], "inputs of the `jupiter-tui --batch` outputs in `dataset`", shown="none"
+    )
+    num_train_epochs: Positive | None = arg(
+        None, "length of the run in passes over the data", shown="1, where `train_iters` is none"
     )
     max_length: PositiveInt | None = arg(
         None, "most tokens of a row; the rest is cut off", shown="`seq_length`"

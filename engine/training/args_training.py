@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.training.args_fields import (
-    LATER,
     Count,
     NotNegative,
     Positive,
@@ -16,7 +15,6 @@ from engine.training.args_fields import (
 )
 
 _EAGER = "torch has no such kernel of its own to switch off; it fuses what it can"
-_WITH_FULL = f"goes with recompute_granularity full, which {LATER}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +27,17 @@ class Training:
     )
     recompute_granularity: Literal["selective", "full"] = arg(
         "selective",
-        "selective: attention scores are never stored, so there is nothing to recompute",
-        only=["selective"],
-        because=f"recomputing whole layers {LATER}",
+        "full: whole layers are computed again in the backward; selective: attention's scores, "
+        "which torch's kernels never store, so that nothing is left to recompute",
     )
     recompute_method: Literal["uniform", "block"] | None = arg(
-        None, "how full recomputing picks its layers", only=[None], because=_WITH_FULL
+        None,
+        "with full. uniform: units of `recompute_num_layers` layers keep their input alone; "
+        "block: the first `recompute_num_layers` layers of a stage, one by one",
+        shown="uniform, with full",
     )
     recompute_num_layers: PositiveInt | None = arg(
-        None, "layers per recomputed unit", only=[None], because=_WITH_FULL
+        None, "with full: layers of a unit, or of the block", shown="1, with full"
     )
     deterministic_mode: bool = arg(False, "only deterministic kernels; fails where there is none")
     train_iters: PositiveInt | None = arg(None, "steps of the run", shown="from `num_train_epochs`")
@@ -65,11 +65,9 @@ class Training:
         only=["cyclic", "single"],
         because="a loader of one's own cannot be given to a command",
     )
-    manual_gc: bool = arg(
-        False, "collect garbage at set steps only", only=[False], because=f"this {LATER}"
-    )
+    manual_gc: bool = arg(False, "collect garbage at set steps only, the same on all ranks")
     manual_gc_interval: Count = arg(
-        0, "steps between collections", only=[0], because=f"it goes with manual_gc, which {LATER}"
+        0, "with manual_gc: steps between collections; 0: at evaluations and checkpoints only"
     )
     seed: Count = arg(42, "of drawing rows, shuffling and new weights")
     num_workers: Count = arg(
@@ -92,7 +90,7 @@ class Training:
 class LearningRate:
     """The learning rate's course."""
 
-    lr: Positive = arg(1e-5, "highest learning rate of the base model (Medusa-2)")
+    lr: Positive = arg(1e-5, "highest learning rate of the base model")
     lr_decay_style: Literal["cosine", "linear", "constant"] = arg(
         "cosine", "course from the highest to the lowest rate, after the warm-up"
     )
@@ -102,7 +100,7 @@ class LearningRate:
     lr_warmup_iters: Count = arg(0, "steps in which the rate rises linearly from 0")
     min_lr: NotNegative = arg(
         0.0,
-        "lowest rate, of the heads with medusa1, of `lr` with medusa2 (the heads' goes down alike)",
+        "lowest rate: of `lr`, or with medusa1 of `medusa_lr`; medusa2's heads go down alike",
     )
 
 
@@ -136,20 +134,17 @@ class MixedPrecision:
 
     fp16: bool | None = arg(
         None,
-        "float16 with loss scaling",
-        shown="false",
-        only=[None, False],
-        because=f"loss scaling {LATER}; use bf16",
+        "compute in float16 with dynamic loss scaling, keep float32 masters",
+        shown="from the model's dtype",
     )
     bf16: bool | None = arg(
         None, "compute in bfloat16, keep float32 masters", shown="from the model's dtype"
     )
     apply_query_key_layer_scaling: bool | None = arg(
         None,
-        "scaling of scores for float16",
-        shown="none",
-        only=[None, False],
-        because=f"it goes with fp16, which {LATER}",
+        "scaling of scores against float16's limits",
+        shown="true with fp16",
+        instead="torch's kernels keep scores in float32, so that they cannot overflow",
     )
     attention_softmax_in_fp32: bool = arg(
         True, "precision of attention's softmax", instead="torch's kernels always sum in float32"

@@ -1,43 +1,43 @@
-"""Checkpoints of a run: whole or not there, loadable at any world size, free of pickle.
+"""Checkpoints of a run in Megatron-Core's layout: whole or not there, loadable by any ranks.
 
-    RUN/iter_0000010/checkpoint.json            where the run was and what the tensors belong to
-    RUN/iter_0000010/rank_00000.safetensors     the pieces that rank 0 updates; one file a rank
-    RUN/latest_checkpointed_iteration.txt       written last, so it always names a whole one
+    RUN/iter_0000010/.metadata, __0_0.distcp, ...    tensors, cut as the ranks have them
+    RUN/iter_0000010/common.pt                       arguments, iteration, and the run's facts
+    RUN/iter_0000010/metadata.json                   names the format
+    RUN/latest_checkpointed_iteration.txt            written last, so it always names a whole one
 
-A piece is the flat run of a parameter's elements from number START on, float32, with a name
-`KIND/PARAMETER@START`; KIND is `parameter` or a state of the optimizer. Together the files hold
-each element once, so any rank of any grid can pick out what it needs.
+Weights have Megatron-Core's names (engine/checkpoint/mcore_names.py), those of heads their own;
+optimizer states have those of their weights behind `optimizer.state.KIND.`. With `ckpt_format
+torch` the same is in one file (torch_file.py).
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint.safetensors_file import Entry, read_index, write_file
-from engine.checkpoint.tensor_entry import read_tensor, tensor_entry
+from engine.checkpoint.dcp import Chunk, DcpReader
+from engine.checkpoint.mcore import read_common
+from engine.checkpoint.mcore_files import COMMON, FORMAT, TRACKER, name_of
 from engine.errors import CheckpointError, ConfigError, EngineError
-from engine.training.flat import Piece
+from engine.model.config import ModelConfig
 from engine.training.mesh import Group
 from engine.training.optimizer import Optimizer, Role, role_of
+from engine.training.parallelize import Part
+from engine.training.regions import Region, Regions
+from engine.training.torch_file import TORCH_FILE, TorchFile
 
-TRACKER = "latest_checkpointed_iteration.txt"
-FACTS = "checkpoint.json"
-PARAMETER = "parameter"
-VOCABULARY = "vocabulary"
-UPDATES = "updates"
-RANDOM = "random/cpu"
-VERSION = 1
+STATE = "optimizer.state."
+OWN = "jupiter"
+"""Key of common.pt for what only this trainer needs."""
+Format = Literal["torch_dist", "torch"]
 
 
 @dataclass(frozen=True)
@@ -54,109 +54,32 @@ class Facts:
     """Digest of the training data."""
 
 
-def name_of(iteration: int) -> str:
-    """Folder of a checkpoint in its run folder."""
-    return f"iter_{iteration:07}"
-
-
-def save(
-    run: Path,
-    facts: Facts,
-    optimizer: Optimizer,
-    world: Group,
-    *,
-    vocabulary: Tensor | None,
-    with_states: bool,
-    with_random: bool,
-) -> Path:
-    """Write a checkpoint into the run folder; every rank must call this.
-
-    It is written under another name and gets its own when it is on the disk as a whole.
-
-    Raises:
-        EngineError: on all ranks, when one could not write; what was saved before is intact.
-    """
-    final = run / name_of(facts.iteration)
-    unfinished = run / f".{final.name}.partial"
-    rank = world.index
-    try:
-        _together(world, partial(_make_empty, unfinished) if rank == 0 else None)
-        entries = list(_entries(optimizer, with_states))
-        if with_random:
-            entries.append(_entry(RANDOM, torch.get_rng_state()))
-        if rank == 0 and vocabulary is not None:
-            entries.append(_entry(VOCABULARY, vocabulary))
-        _together(world, partial(_write, unfinished / file_of(rank), entries))
-        _together(world, partial(_finish, unfinished, final, facts) if rank == 0 else None)
-    except EngineError as error:
-        if rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise EngineError(f"{final}: not saved: {error}; {_last_good(run)}") from None
-    return final
-
-
-def file_of(rank: int) -> str:
-    """The file of a rank's pieces."""
-    return f"rank_{rank:05}.safetensors"
-
-
-def _together(world: Group, work: Any) -> None:
-    """Do `work` and wait for the others; EngineError on all ranks if one failed."""
-    problem = ""
-    try:
-        if work is not None:
-            work()
-    except OSError as error:
-        problem = error.strerror or str(error)
-    if told := world.first_text(problem):
-        raise EngineError(told)
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _entries(optimizer: Optimizer, with_states: bool) -> list[Entry]:
-    entries = []
+def weight_chunks(
+    optimizer: Optimizer, part: Part, regions: Regions, *, with_states: bool
+) -> list[Chunk]:
+    """What this rank writes: the pieces that it answers for, and their optimizer states."""
+    chunks = []
     for piece in optimizer.owned:
-        tensors = {PARAMETER: piece.value, **(optimizer.states[piece] if with_states else {})}
-        for kind, tensor in tensors.items():
-            entries.append(_entry(f"{kind}/{piece.name}@{piece.start}", tensor))
-    if with_states:
-        for role, count in optimizer.updates.items():
-            entries.append(_entry(f"{UPDATES}/{role.value}", torch.tensor([count])))
-    return entries
+        shard = part.shards.get(piece.name)
+        found = list(regions.of(piece.name, piece.shape, shard, piece.start, piece.value.numel()))
+        values = {"": piece.value}
+        if with_states:
+            states = optimizer.states[piece]
+            values |= {f"{STATE}{kind}.": tensor for kind, tensor in states.items()}
+        for prefix, value in values.items():
+            chunks += [_chunk(prefix, region, value) for region in found]
+    return chunks
 
 
-def _entry(name: str, tensor: Tensor) -> Entry:
-    return tensor_entry(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
-def _write(path: Path, entries: list[Entry]) -> None:
-    for _ in write_file(path, entries):
-        pass
-    sync(path)
-
-
-def _finish(unfinished: Path, final: Path, facts: Facts) -> None:
-    """Give a checkpoint that is whole its name, then say that it is the latest."""
-    text = json.dumps({"version": VERSION, **vars(facts)}, indent=2)
-    (unfinished / FACTS).write_text(text + "\n", encoding="utf-8")
-    sync(unfinished / FACTS)
-    sync(unfinished)
-    replaced = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    unfinished.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    tracker = final.with_name(TRACKER)
-    new = tracker.with_name(f".{TRACKER}.partial")
-    new.write_text(f"{facts.iteration}\n", encoding="utf-8")
-    sync(new)
-    new.replace(tracker)
-    sync(final.parent)
+def _chunk(prefix: str, region: Region, value: Tensor) -> Chunk:
+    return Chunk(
+        prefix + region.key,
+        region.shape,
+        region.offsets,
+        region.sizes,
+        value.dtype,
+        lambda: value[region.elements].view(region.sizes),
+    )
 
 
 def sync(path: Path) -> None:
@@ -168,7 +91,45 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def _last_good(run: Path) -> str:
+def together(world: Group, work: Callable[[], None] | None) -> None:
+    """Do `work` and wait for the others; EngineError on all ranks if one failed."""
+    problem = ""
+    try:
+        if work is not None:
+            work()
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if told := world.first_text(problem):
+        raise EngineError(told)
+
+
+def make_empty(folder: Path) -> None:
+    """An empty folder, whatever was there. Raises OSError."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def publish(unfinished: Path, final: Path, iteration: int) -> None:
+    """Give a checkpoint that is whole its name, then say that it is the latest. Raises OSError."""
+    for path in unfinished.rglob("*"):
+        sync(path)
+    sync(unfinished)
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    unfinished.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    tracker = final.with_name(TRACKER)
+    new = tracker.with_name(f".{TRACKER}.partial")
+    new.write_text(f"{iteration}\n", encoding="utf-8")
+    sync(new)
+    new.replace(tracker)
+    sync(final.parent)
+
+
+def last_good(run: Path) -> str:
+    """A sentence for errors of saving."""
     try:
         folder = find(run)
     except CheckpointError:
@@ -182,120 +143,146 @@ def find(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if (path / FACTS).is_file():
+    if _format_of(path) is not None:
         return path
     tracker = path / TRACKER
     try:
-        iteration = int(tracker.read_text(encoding="utf-8"))
+        text = tracker.read_text(encoding="utf-8").strip()
+        folder = path / (text if text == "release" else name_of(int(text)))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: holds no checkpoint: no {TRACKER}; name a run folder v*-* or an iter_* in it"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{tracker}: cannot be read: {error}") from None
-    folder = path / name_of(iteration)
-    if not (folder / FACTS).is_file():
+    if _format_of(folder) is None:
         raise CheckpointError(f"{folder}: missing, though {tracker} names it")
     return folder
+
+
+def _format_of(folder: Path) -> Format | None:
+    if (folder / FORMAT).is_file():
+        return "torch_dist"
+    return "torch" if (folder / TORCH_FILE).is_file() else None
 
 
 class Loader:
     """A checkpoint opened for reading.
 
+    Args:
+        wanted: the only format that will do; None for whichever it has.
+
     Raises:
         CheckpointError: missing or damaged files; the file is named.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, wanted: str | None = None) -> None:
         self.folder = folder
-        self.facts = _read_facts(folder / FACTS)
-        self._found: dict[tuple[str, str], list[tuple[int, int, Path, int]]] = {}
-        """(kind, parameter) -> first element, element after the last, file, byte of the first."""
-        self._others: dict[str, Path] = {}
-        for rank in range(self.facts.world_size):
-            self._index(folder / file_of(rank))
+        has = _format_of(folder)
+        if wanted is not None and has != wanted:
+            raise CheckpointError(
+                f"{folder}: is {has}, not {wanted}; give --ckpt_format {has}, "
+                "or --auto_detect_ckpt_format true"
+            )
+        self.file: DcpReader | TorchFile
+        if has == "torch":
+            self.file = TorchFile(folder)
+            self.common_file = self.file.path
+            common = self.file.common
+        else:
+            self.file = DcpReader(folder)
+            self.common_file = folder / COMMON
+            common = read_common(folder)
+        self._own: dict[str, Any] = common.get(OWN) or {}
+        self.facts = self._read_facts(common)
 
-    def _index(self, path: Path) -> None:
-        for name, stored in read_index(path).items():
-            kind, _, rest = name.partition("/")
-            parameter, at, start = rest.rpartition("@")
-            if at:
-                first = int(start)
-                span = (first, first + stored.shape[0], path, stored.start)
-                self._found.setdefault((kind, parameter), []).append(span)
-            else:
-                self._others.setdefault(name, path)
+    def _read_facts(self, common: Mapping[str, Any]) -> Facts:
+        names = [field.name for field in dataclasses.fields(Facts)]
+        facts = self._own.get("facts")
+        if facts is None:  # converted weights, or another program's
+            return Facts(int(common.get("iteration") or 0), 0, 0, "", {}, "")
+        try:
+            return Facts(**{name: facts[name] for name in names})
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.folder}: its facts cannot be read: {error}") from None
+
+    @property
+    def has_base(self) -> bool:
+        """Whether it holds the base model's weights."""
+        return "decoder.final_layernorm.weight" in self.file
+
+    @property
+    def has_states(self) -> bool:
+        """Whether it holds the optimizer's state."""
+        return "updates" in self._own
 
     def vocabulary(self) -> Tensor | None:
         """Token ids of the heads' vocabulary, int64 [n], where it is a part of the whole."""
-        return self._other(VOCABULARY)
+        return self._own.get("vocabulary")
 
-    def restore(self, optimizer: Optimizer, *, weights_only: bool, states: bool) -> None:
-        """Give this rank's pieces their values, and the optimizer its states.
+    def loss_scale(self) -> dict[str, float]:
+        """What the loss scale had come to; empty where there was none."""
+        return self._own.get("loss_scale") or {}
 
-        With `weights_only`, base weights that the checkpoint lacks stay as they are.
+    def restore(
+        self,
+        part: Part,
+        optimizer: Optimizer,
+        config: ModelConfig,
+        *,
+        weights_only: bool,
+        states: bool,
+    ) -> None:
+        """Give this rank's parameters their values, and the optimizer its states.
+
+        Base weights that the checkpoint lacks stay as they are where they do not learn, and with
+        `weights_only` always; so do heads with the latter, where it has none.
+
+        Raises:
+            CheckpointError: a tensor is missing, of another shape or damaged.
         """
-        with torch.no_grad():
-            for piece in optimizer.pieces:
-                missing = (PARAMETER, piece.name) not in self._found
-                if missing and weights_only and role_of(piece.name) is Role.BASE:
-                    continue
-                piece.value.copy_(self._read(PARAMETER, piece))
+        regions = Regions(config)
+        learnt = {piece.name for piece in optimizer.pieces}
+        chunks: list[Chunk] = []
+        for name, parameter in part.parameters().items():
+            shape, shard = tuple(parameter.shape), part.shards.get(name)
+            found = list(regions.of(name, shape, shard, 0, parameter.numel()))
+            optional = weights_only or (role_of(name) is Role.BASE and name not in learnt)
+            if optional and not all(region.key in self.file for region in found):
+                continue
+            flat = parameter.data.view(-1)
+            chunks += [_chunk("", region, flat) for region in found]
         if states and not weights_only:
-            self._restore_states(optimizer)
+            chunks += self._state_chunks(part, optimizer, regions)
+        with torch.no_grad():
+            self.file.read(chunks)
 
-    def _restore_states(self, optimizer: Optimizer) -> None:
+    def _state_chunks(self, part: Part, optimizer: Optimizer, regions: Regions) -> list[Chunk]:
+        if not self.has_states:
+            raise CheckpointError(
+                f"{self.folder}: holds no state of the optimizer; give --no_load_optim true, "
+                "or --finetune true to begin at step 0"
+            )
         for role in Role:
-            count = self._other(f"{UPDATES}/{role.value}")
-            if count is None:
-                raise CheckpointError(
-                    f"{self.folder}: holds no state of the optimizer; give --no_load_optim true"
-                )
-            optimizer.updates[role] = int(count)
+            optimizer.updates[role] = int(self._own["updates"][role.value])
+        chunks = []
         for piece, states in optimizer.states.items():
-            for kind, tensor in states.items():
-                tensor.copy_(self._read(kind, piece))
+            shard = part.shards.get(piece.name)
+            for region in regions.of(
+                piece.name, piece.shape, shard, piece.start, piece.value.numel()
+            ):
+                chunks += [
+                    _chunk(f"{STATE}{kind}.", region, tensor) for kind, tensor in states.items()
+                ]
+        return chunks
 
     def restore_random(self, world: Group) -> None:
-        """Continue the random numbers, where this rank was one of as many then."""
-        path = self.folder / file_of(world.index)
-        if world.size == self.facts.world_size:
-            stored = read_index(path).get(RANDOM)
-            if stored is not None:
-                torch.set_rng_state(read_tensor(path, stored))
-
-    def _other(self, name: str) -> Tensor | None:
-        path = self._others.get(name)
-        return None if path is None else read_tensor(path, read_index(path)[name])
-
-    def _read(self, kind: str, piece: Piece) -> Tensor:
-        """The elements of a piece, float32 [n], from whatever files have them."""
-        first, count = piece.start, piece.value.numel()
-        values = np.empty(count, dtype="<f4")
-        done = 0
-        for start, stop, path, offset in self._found.get((kind, piece.name), ()):
-            low, high = max(first, start), min(first + count, stop)
-            if low < high:
-                values[low - first : high - first] = np.fromfile(
-                    path, dtype="<f4", count=high - low, offset=offset + 4 * (low - start)
-                )
-                done += high - low
-        if done != count:
-            raise CheckpointError(
-                f"{self.folder}: {kind} of {piece.name} is missing, or is not of this shape"
-            )
-        return torch.from_numpy(values)
-
-
-def _read_facts(path: Path) -> Facts:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = values.pop("version")
-        if version != VERSION:
-            raise CheckpointError(f"{path}: version {version} is not supported; only {VERSION}")
-        return Facts(**values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        """Continue the random numbers: this rank's, or rank 0's where there were other ranks."""
+        states = self._own.get("random")
+        if states is not None:
+            same = world.size == self.facts.world_size
+            # A copy: torch takes no state that begins within another tensor's memory.
+            torch.set_rng_state(states[world.index if same else 0].clone())
 
 
 def check_fits(loader: Loader, facts: Facts, *, weights_only: bool) -> None:
@@ -303,12 +290,21 @@ def check_fits(loader: Loader, facts: Facts, *, weights_only: bool) -> None:
 
     Raises:
         ConfigError: naming the argument and both values.
+        CheckpointError: it is of no run, and its run was to go on.
     """
     theirs = loader.facts
-    for name, value in facts.heads.items():
-        held = theirs.heads.get(name)
-        if held != value:
-            raise ConfigError(f"--load {loader.folder}: has {name} {held}, this run {value}")
+    if not theirs.objective:
+        if not weights_only:
+            raise CheckpointError(
+                f"{loader.common_file}: tells of no run that could go on; "
+                "give --finetune true to take the weights alone"
+            )
+        return
+    if theirs.heads and facts.heads:
+        for name, value in facts.heads.items():
+            held = theirs.heads.get(name)
+            if held != value:
+                raise ConfigError(f"--load {loader.folder}: has {name} {held}, this run {value}")
     if theirs.objective == facts.objective:
         return
     if not weights_only:
@@ -316,7 +312,7 @@ def check_fits(loader: Loader, facts: Facts, *, weights_only: bool) -> None:
             f"--load {loader.folder}: was trained with {theirs.objective}, "
             f"this run is {facts.objective}; give --finetune true to take the weights alone"
         )
-    if theirs.objective == "medusa2":
+    if theirs.objective == "medusa2" and facts.objective == "medusa1":
         raise ConfigError(
             f"--load {loader.folder}: its base learnt too (medusa2), "
             "so its heads do not fit a base that has not; train with medusa2"

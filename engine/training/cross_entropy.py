@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.training.mesh import Group
+
 CHUNK_LOGITS = 1 << 24
 """Logits of one chunk of rows: 64 MB in float32."""
 
@@ -24,12 +26,24 @@ class Guesses:
     """Its part in what a row should give; the rest is the target."""
 
 
+@dataclass(frozen=True)
+class SharedVocabulary:
+    """Ranks that have some rows of an output layer each."""
+
+    group: Group
+    first: int
+    """This rank's first row."""
+    most: int
+    """Rows of the rank that has most."""
+
+
 def cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     scales: Tensor,
     guesses: Guesses | None = None,
+    shared: SharedVocabulary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy of `hidden @ weight.T` against `targets`, in chunks of rows.
 
@@ -40,6 +54,8 @@ def cross_entropy(
         hidden: [n, width]; weight: [vocab, width]; targets: int64 [n], rows of `weight`.
         scales: float32 [n], how much each row counts in the sum.
         guesses: what rows should give besides their targets; then the loss is against both, mixed.
+        shared: where several ranks have the same `hidden` and each some rows of `weight`; all
+            get the same results, and each the gradient of its rows. Not with `guesses`.
 
     Returns:
         The scaled sum, float32 [], with a gradient for `hidden` and `weight` where they want one;
@@ -47,7 +63,7 @@ def cross_entropy(
         bool [n].
     """
     total, losses, right = _CrossEntropy.apply(
-        hidden, weight, targets, scales, guesses, torch.is_grad_enabled()
+        hidden, weight, targets, scales, guesses, shared, torch.is_grad_enabled()
     )
     return total, losses, right
 
@@ -61,6 +77,7 @@ class _CrossEntropy(torch.autograd.Function):
         targets: Tensor,
         scales: Tensor,
         guesses: Guesses | None,
+        shared: SharedVocabulary | None,
         grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = (grad and ctx.needs_input_grad[i] for i in (0, 1))
@@ -71,26 +88,39 @@ class _CrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):  # once, not once a chunk
             weight = weight.to(torch.get_autocast_dtype(device))
-        for at in range(0, len(hidden), step := max(1, CHUNK_LOGITS // len(weight))):
+        most = len(weight) if shared is None else shared.most  # the same chunks on all ranks
+        for at in range(0, len(hidden), step := max(1, CHUNK_LOGITS // most)):
             rows = slice(at, at + step)
-            part, target = hidden[rows], targets[rows, None]
-            logits = (part @ weight.T).float()
+            part, target, absent = hidden[rows], targets[rows, None], None
+            logits = (part.to(weight.dtype) @ weight.T).float()
+            if shared is not None:
+                target = target - shared.first
+                absent = (target < 0) | (target >= len(weight))
+                target = target.masked_fill(absent, 0)
             best, index = logits.max(-1, keepdim=True)
             wanted = logits.gather(1, target)
+            hits = index == target
             if guesses is not None:
                 soft, share = guesses.table[guesses.at[rows]], guesses.share
                 wanted.mul_(1 - share).add_((soft * logits).sum(-1, keepdim=True), alpha=share)
+            if shared is not None:
+                own, best = best, shared.group.max_(best.clone())
+                hits &= own == best
             logits.sub_(best).exp_()
             sums = logits.sum(-1, keepdim=True)
+            if shared is not None and absent is not None:
+                mine = torch.cat((wanted, hits), 1).masked_fill(absent, 0.0)
+                sums, wanted, hits = shared.group.sum_(torch.cat((sums, mine), 1)).split(1, 1)
             losses[rows] = (sums.log() + best - wanted)[:, 0]
-            right[rows] = (index == target)[:, 0]
+            right[rows] = hits[:, 0] > 0
             if grad_hidden is None and grad_weight is None:
                 continue
             # Softmax less what is wanted, times the row's scale.
             scale = scales[rows, None]
             slope = logits.mul_(scale / sums)
             if guesses is None:
-                slope.scatter_add_(1, target, -scale)
+                less = -scale if absent is None else (-scale).masked_fill(absent, 0.0)
+                slope.scatter_add_(1, target, less)
             else:
                 slope.scatter_add_(1, target, (share - 1) * scale)
                 slope.sub_(soft.mul_(share * scale))
@@ -98,6 +128,8 @@ class _CrossEntropy(torch.autograd.Function):
                 grad_hidden[rows] = slope.to(weight.dtype) @ weight
             if grad_weight is not None:
                 grad_weight += slope.to(part.dtype).T @ part
+        if grad_hidden is not None and shared is not None:
+            shared.group.sum_(grad_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses, right)
         return (losses * scales).sum(), losses, right
@@ -109,8 +141,5 @@ class _CrossEntropy(torch.autograd.Function):
         return (
             None if hidden is None else hidden * by,
             None if weight is None else weight * by.to(weight.dtype),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )

@@ -68,7 +68,7 @@ def load_samples(
 
 def form_of(args: TrainArguments) -> Form:
     """How the rows of a run become samples."""
-    return Form(args.system, args.max_length)
+    return Form(args.system, args.max_length, whole=args.command == "pt")
 
 
 def _stream(args: TrainArguments, codec: TextCodec) -> RowStream:

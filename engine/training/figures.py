@@ -33,6 +33,8 @@ class Step:
     tokens: int
     """Of all ranks."""
     seconds: float
+    loss_scale: float | None = None
+    """Of float16, where that is computed in."""
 
     @property
     def tokens_per_s(self) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.client import Fetching, Update
 from engine.protocol import EventEnvelope, Notice, StageState
-from engine.training.args_medusa import ProgressMode
+from engine.training.args_run import ProgressMode
 
 PREFIX = "jupiter medusa generate: "
 SHOWN_FAILURES = 10

@@ -24,7 +24,7 @@ from engine.checkpoint.tensor_entry import tensor_entry
 from engine.checkpoint.weight_files import find_weights
 from engine.errors import EngineError
 from engine.paths import cache_dir
-from engine.training.batch import make_rows, needed_rows
+from engine.training.batch import make_batch, needed_rows
 from engine.training.checkpoint import sync
 from engine.training.int8_base import Int8Base
 from engine.training.mesh import Mesh
@@ -118,7 +118,7 @@ class HiddenCache:
         if int8 is not None:
             int8.forward(parts, keep)
         else:
-            pipeline.forward([make_rows(part, pipeline.device) for part in parts], keep)
+            pipeline.forward([make_batch(part, pipeline.device) for part in parts], keep)
         if pipeline.mesh.last:
             try:
                 self._write(shard, torch.cat(kept))

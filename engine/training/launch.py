@@ -18,9 +18,11 @@ from engine.checkpoint.sources import fetch
 from engine.errors import ConfigError, EngineError, ExitCode, JupiterError, StageLostError
 from engine.launch import LOOPBACK, module_environment
 from engine.logs import describe_exit
+from engine.model.config import ModelConfig
 from engine.owners import watch_owners
 from engine.run_dir import RunDir
-from engine.training.args import TrainArguments, model_source, parse_arguments, validate
+from engine.training.args import Command, TrainArguments, model_source, parse_arguments, validate
+from engine.training.args_resolve import shaped, with_model
 
 STORE_VARIABLE = "JUPITER_STORE"
 """Names the file over which the ranks of one machine find each other."""
@@ -30,7 +32,7 @@ ERROR_VARIABLE = "JUPITER_ERROR_FILE"
 SHUTDOWN_S = 600
 
 
-def launch(words: Sequence[str], command: str = "medusa") -> int:
+def launch(words: Sequence[str], command: Command = "medusa") -> int:
     """Train as the words of `jupiter COMMAND` say; returns the exit code.
 
     Started under torchrun, this process is one of the ranks.
@@ -38,12 +40,13 @@ def launch(words: Sequence[str], command: str = "medusa") -> int:
     Raises:
         JupiterError: of the kind that fits, in one line.
     """
-    args = parse_arguments(words, f"jupiter {command}")
+    args = parse_arguments(words, command)
     if "RANK" in os.environ:
         return run_rank(args)
     local, nodes = _count("NPROC_PER_NODE"), _count("NNODES")
     validate(args, local * nodes)
-    fetch(model_source(args), lambda line: print(line, file=sys.stderr))
+    folder = fetch(model_source(args), lambda line: print(line, file=sys.stderr))
+    with_model(args, shaped(args, ModelConfig.from_folder(folder)), folder)  # before ranks start
     if local * nodes == 1:
         return run_rank(args)
     run_dir = RunDir()

@@ -35,6 +35,7 @@ class RunLog:
     Args:
         total: steps of the run.
         has_base: the first loss is the base's, not a head's.
+        has_heads: there are others; without, the figures of the base are the run's own.
 
     Raises:
         EngineError: from every method, when the run folder cannot be written.
@@ -47,9 +48,11 @@ class RunLog:
         *,
         total: int,
         has_base: bool,
+        has_heads: bool = True,
         stderr: TextIO | None = None,
     ) -> None:
-        self.run, self.args, self.total, self.has_base = run, args, total, has_base
+        self.run, self.args, self.total = run, args, total
+        self.has_base, self.has_heads = has_base, has_heads
         folder = Path(args.tensorboard_dir).expanduser() if args.tensorboard_dir else run / "runs"
         with _writing(folder):
             self.board = EventWriter(folder, args.tensorboard_queue_size)
@@ -89,14 +92,9 @@ class RunLog:
 
     def evaluation(self, iteration: int, losses: Losses) -> None:
         """The figures of the rows held out."""
-        first = int(self.has_base)
         record = {
             "iteration": iteration,
-            "eval_loss": losses.loss,
-            **({"eval_base_loss": losses.each[0]} if self.has_base else {}),
-            "eval_loss_per_head": losses.each[first:],
-            "eval_accuracy_per_head": losses.accuracy[first:],
-            "eval_dropped_targets": losses.dropped,
+            **self._figures("eval_", losses.loss, losses.each, losses.accuracy, losses.dropped),
         }
         self._append(record)
         scalars = {"eval/loss": losses.loss, **self._per_loss("eval", losses)}
@@ -133,19 +131,21 @@ class RunLog:
     def _record(self, elapsed: float, remaining: float, memory: int) -> dict[str, Any]:
         """The line of logging.jsonl: losses are means over the steps since the last."""
         steps, last = self._since, self._since[-1]
-        first = int(self.has_base)
-        each = _means([step.losses.each for step in steps])
         record: dict[str, Any] = {
             "iteration": last.iteration,
             "train_iters": self.total,
-            "loss": sum(step.losses.loss for step in steps) / len(steps),
-            **({"base_loss": each[0]} if self.has_base else {}),
-            "loss_per_head": each[first:],
-            "accuracy_per_head": _means([step.losses.accuracy for step in steps])[first:],
-            "dropped_targets": sum(step.losses.dropped for step in steps),
+            **self._figures(
+                "",
+                sum(step.losses.loss for step in steps) / len(steps),
+                _means([step.losses.each for step in steps]),
+                _means([step.losses.accuracy for step in steps]),
+                sum(step.losses.dropped for step in steps),
+            ),
             "learning_rate": last.lr,
             **({} if last.base_lr is None else {"base_learning_rate": last.base_lr}),
-            "grad_norm": last.grad_norm,
+            # JSON knows no infinity: a step of float16 that overflowed has no norm.
+            "grad_norm": last.grad_norm if math.isfinite(last.grad_norm) else None,
+            **({} if last.loss_scale is None else {"loss_scale": last.loss_scale}),
             **({} if last.params_norm is None else {"params_norm": last.params_norm}),
         }
         if self.args.log_throughput:
@@ -159,6 +159,26 @@ class RunLog:
             "consumed_samples": last.consumed_samples,
         }
 
+    def _figures(
+        self,
+        prefix: str,
+        loss: float,
+        each: Sequence[float],
+        accuracy: Sequence[float],
+        dropped: int,
+    ) -> dict[str, Any]:
+        """The losses of a record; of the base and of each head where there are heads."""
+        if not self.has_heads:
+            return {f"{prefix}loss": loss, f"{prefix}accuracy": accuracy[0]}
+        first = int(self.has_base)
+        return {
+            f"{prefix}loss": loss,
+            **({f"{prefix}base_loss": each[0]} if self.has_base else {}),
+            f"{prefix}loss_per_head": each[first:],
+            f"{prefix}accuracy_per_head": accuracy[first:],
+            f"{prefix}dropped_targets": dropped,
+        }
+
     def _event(self, step: Step, elapsed: float, remaining: float, memory: int) -> TrainingStep:
         first = int(self.has_base)
         return TrainingStep(
@@ -167,7 +187,7 @@ class RunLog:
             loss=step.losses.loss,
             loss_per_head=step.losses.each[first:],
             accuracy_per_head=step.losses.accuracy[first:],
-            base_loss=step.losses.each[0] if self.has_base else None,
+            base_loss=step.losses.each[0] if self.has_base and self.has_heads else None,
             lr=step.lr,
             grad_norm=step.grad_norm,
             tokens_per_s=step.tokens_per_s,
@@ -180,6 +200,8 @@ class RunLog:
     def _scalars(self, step: Step, memory: int) -> dict[str, float]:
         args = self.args
         scalars = {"train/loss": step.losses.loss, "train/grad_norm": step.grad_norm}
+        if step.loss_scale is not None:
+            scalars["train/loss_scale"] = step.loss_scale
         scalars |= self._per_loss("train", step.losses)
         if step.params_norm is not None:
             scalars["train/params_norm"] = step.params_norm
@@ -242,6 +264,9 @@ def _curves(records: Sequence[dict[str, Any]], key: str) -> dict[str, list[tuple
         for prefix, label in (("", ""), ("eval_", "eval ")):
             if key == "loss" and f"{prefix}loss" in record:
                 point = (record["iteration"], record[f"{prefix}loss"])
+                curves.setdefault(f"{label}total", []).append(point)
+            if key == "accuracy" and f"{prefix}accuracy" in record:
+                point = (record["iteration"], record[f"{prefix}accuracy"])
                 curves.setdefault(f"{label}total", []).append(point)
             for head, value in enumerate(record.get(f"{prefix}{key}_per_head", ())):
                 point = (record["iteration"], value)

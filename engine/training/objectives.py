@@ -1,4 +1,6 @@
-"""What Medusa heads learn (Cai et al. 2024): Medusa-1, heads alone; Medusa-2, base and heads."""
+"""What is learnt: by the base alone (`sft`, `pt`), or as in Medusa (Cai et al. 2024) by heads alone
+(Medusa-1) or by both (Medusa-2).
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,16 @@ import torch
 from torch import Tensor
 
 from engine.model.medusa import MedusaLlamaForCausalLM
-from engine.training.batch import Targets, make_targets
-from engine.training.cross_entropy import Guesses, cross_entropy
+from engine.training.batch import Sharing, Targets, make_targets
+from engine.training.cross_entropy import Guesses, SharedVocabulary, cross_entropy
 from engine.training.template import Sample
 from engine.training.vocabulary import Vocabulary
 
+ObjectiveKind = Literal["medusa1", "medusa2", "sft", "pt"]
+
 
 class Objective:
-    """The losses of a run: of the base (Medusa-2 only), then of each head.
+    """The losses of a run: of the base (not with Medusa-1), then of each head, if there are any.
 
     Head h (from 0) at row t predicts token t + h + 2; the base predicts t + 1. The loss of a step
     is the sum over the losses of their weight times their mean over all targets of the step.
@@ -27,24 +31,29 @@ class Objective:
             dropped and counted. The base's own loss is always over all tokens.
         soft: share of the frozen base's own distribution in what the heads should give; the rest
             is the token itself.
+        sharing: how ranks share the rows of a micro-batch; shared: and those of `lm_head`.
     """
 
     def __init__(
         self,
-        kind: Literal["medusa1", "medusa2"],
+        kind: ObjectiveKind,
         weights: Sequence[float],
         vocabulary: Vocabulary | None,
+        sharing: Sharing | None = None,
+        shared: SharedVocabulary | None = None,
         *,
         soft: float = 0.0,
     ) -> None:
-        self.has_base = kind == "medusa2"
+        self.has_base = kind != "medusa1"
         self.vocabulary = vocabulary
+        self.sharing, self.shared = sharing, shared
         self.weights = [1.0, *weights] if self.has_base else list(weights)
         self.distances = tuple(range(1 if self.has_base else 2, len(weights) + 2))
         """Tokens that each loss looks ahead."""
         self.soft = soft
         self.looks = (1, *self.distances) if soft else self.distances
         """As `distances`, and that of the base's rows that the heads learn from."""
+        self.has_heads = bool(weights)
         self._frozen: Tensor | None = None
         """The heads' rows of an `lm_head` that never changes."""
 
@@ -55,7 +64,7 @@ class Objective:
 
     def targets(self, samples: Sequence[Sample], device: torch.device) -> Targets:
         """The targets of a micro-batch."""
-        targets = make_targets(samples, self.distances, device, taught=self.soft > 0)
+        targets = make_targets(samples, self.distances, device, self.sharing, taught=self.soft > 0)
         if self.vocabulary is None:
             return targets
         return self.vocabulary.restrict(targets, range(self.first_head, len(self.distances)))
@@ -91,6 +100,8 @@ class Objective:
             inputs = [hidden[targets.rows[0]]]
             part, figure = self._compare(inputs, lm_head, targets, scales, 0, None)
             total, figures = total + part, [figure]
+        if not model.heads.num_heads:
+            return total, torch.cat(figures, dim=1)
         shared_weight = lm_head
         if shared or self.soft:
             shared_weight = self._shared_weight(lm_head)
@@ -147,7 +158,7 @@ class Objective:
         else:
             guesses = Guesses(soft, torch.cat([targets.teachers[i] for i in span]), self.soft)
         total, losses, right = cross_entropy(
-            torch.cat(list(inputs)), weight, tokens, row_scales, guesses
+            torch.cat(list(inputs)), weight, tokens, row_scales, guesses, self.shared
         )
         sums = [
             torch.stack([part.double().sum(), hits.double().sum()])

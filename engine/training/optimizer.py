@@ -49,9 +49,16 @@ class Optimizer:
     As in Megatron, weight decay spares what has one dimension: norms and biases.
     """
 
-    def __init__(self, buffers: Sequence[FlatBuffer], options: OptimizerOptions) -> None:
+    def __init__(
+        self,
+        buffers: Sequence[FlatBuffer],
+        options: OptimizerOptions,
+        *,
+        overlap_gather: bool = False,
+    ) -> None:
         self.buffers = buffers
         self.options = options
+        self.overlap_gather = overlap_gather
         self.pieces = [piece for buffer in buffers for piece in buffer.pieces]
         """What this rank updates."""
         self.owned = [piece for b in buffers if b.is_owner for piece in b.pieces]
@@ -81,11 +88,19 @@ class Optimizer:
             buffer.reduce()
         return _squares([piece.grad for piece in self.owned if role_of(piece.name) in roles])
 
+    def expect(self, passes: int) -> None:
+        """So many backwards of all parameters are to come before `reduce`."""
+        for buffer in self.buffers:
+            buffer.expect(passes)
+
     @torch.no_grad()
-    def step(self, rates: Mapping[Role, float], grad_norm: float) -> None:
-        """Clip by the global norm and update the parameters of the roles in `rates`."""
+    def step(self, rates: Mapping[Role, float], grad_norm: float, loss_scale: float = 1.0) -> None:
+        """Clip by the global norm and update the parameters of the roles in `rates`.
+
+        loss_scale: of the gradients that `reduce` added up; not of `grad_norm`.
+        """
         clip = self.options.clip_grad
-        factor = min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0
+        factor = (min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) / loss_scale
         update = self._adam if self.options.optimizer == "adam" else self._sgd
         for role in rates:
             self.updates[role] += 1
@@ -95,7 +110,14 @@ class Optimizer:
                 decay = self.options.weight_decay if len(piece.shape) > 1 else 0.0
                 update(piece, piece.grad.mul_(factor), rates[role], decay)
         for buffer in self.buffers:
-            buffer.gather()
+            buffer.begin_gather()
+        if not self.overlap_gather:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until all parameters are everywhere."""
+        for buffer in self.buffers:
+            buffer.settle()
 
     def _adam(self, piece: Piece, grad: Tensor, rate: float, decay: float) -> None:
         o, states, count = self.options, self.states[piece], self.updates[role_of(piece.name)]
@@ -113,6 +135,7 @@ class Optimizer:
 
     def squared_params(self) -> Tensor:
         """As the result of `reduce`, of the parameters."""
+        self.settle()
         return _squares([piece.value for piece in self.owned])
 
 

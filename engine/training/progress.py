@@ -43,7 +43,8 @@ class Progress:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """An evaluation is done; `record` is its line of logging.jsonl."""
-        accuracy = " ".join(f"{value:.3f}" for value in record["eval_accuracy_per_head"])
+        rates = record.get("eval_accuracy_per_head") or [record["eval_accuracy"]]
+        accuracy = " ".join(f"{value:.3f}" for value in rates)
         line = (
             f"evaluation at {record['iteration']}: loss {record['eval_loss']:.4f}, top-1 {accuracy}"
         )

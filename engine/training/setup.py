@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -14,17 +15,18 @@ from engine.checkpoint.sources import fetch
 from engine.checkpoint.tokenizer import ensure_tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.model.config import ModelConfig
-from engine.model.medusa import HeadShape
+from engine.model.medusa import NO_HEADS, HeadShape
 from engine.text import TextCodec
 from engine.training.args import TrainArguments, model_source, validate
-from engine.training.args_resolve import with_model
+from engine.training.args_resolve import shaped, with_model
 from engine.training.checkpoint import Facts, Loader, check_fits, find
 from engine.training.data import Samples, count_sequences, load_samples
 from engine.training.hidden_cache import HiddenCache, cache_folder, data_digest
+from engine.training.loss_scale import LossScale
 from engine.training.mesh import Mesh, choose_device, join, make_mesh, world_size
 from engine.training.objectives import Objective
 from engine.training.optimizer import Optimizer, OptimizerOptions, Role
-from engine.training.parallelize import Part, parallelize
+from engine.training.parallelize import Part, Plan, parallelize
 from engine.training.pipeline import Pipeline
 from engine.training.reading import RowStream
 from engine.training.schedule import Schedule
@@ -70,6 +72,7 @@ class Session:
     part: Part
     pipeline: Pipeline
     optimizer: Optimizer
+    loss_scale: LossScale
     schedules: dict[Role, Schedule]
     facts: Facts
     """Of the checkpoint that this run would write now."""
@@ -87,7 +90,7 @@ def read_inputs(args: TrainArguments) -> Inputs:
     notes: list[str] = []
     tell = notes.append
     folder = fetch(model_source(args), tell)
-    config = ModelConfig.from_folder(folder)
+    config = shaped(args, ModelConfig.from_folder(folder))
     device = choose_device()
     filled = with_model(args, config, folder)
     export_dtype = getattr(torch, filled.dtype)
@@ -132,38 +135,36 @@ def prepare(args: TrainArguments) -> Session:
     if inputs.loader is not None:
         check_fits(inputs.loader, facts, weights_only=args.finetune)
     join(args.distributed_backend, args.distributed_timeout_minutes)
-    mesh = make_mesh(args.pipeline_model_parallel_size)
-    _agree_on_data(mesh, facts.data)
-    joint = args.medusa_objective == "medusa2"
-    dtype = getattr(torch, args.dtype)
-    part = parallelize(
-        config,
-        folder,
-        inputs.heads,
-        mesh,
-        split=args.stage_num_hidden_layers_list,
-        roles=frozenset(Role) if joint else frozenset({Role.HEADS}),
-        sharded=args.use_distributed_optimizer,
-        device=inputs.device,
-        dtype=dtype,
-        trained=inputs.trained,
+    mesh = make_mesh(
+        args.pipeline_model_parallel_size,
+        args.tensor_model_parallel_size,
+        args.context_parallel_size,
+        saving=args.async_save,
     )
-    optimizer = Optimizer(part.buffers, _optimizer_options(args))
+    _agree_on_data(mesh, facts.data)
+    dtype = getattr(torch, args.dtype)
+    part = parallelize(config, folder, inputs.heads, mesh, _plan(inputs), inputs.device)
+    overlap = args.overlap_param_gather and args.use_distributed_optimizer
+    optimizer = Optimizer(part.buffers, _optimizer_options(args), overlap_gather=overlap)
+    loss_scale = LossScale(enabled=args.dtype == "float16")
     if inputs.loader is not None:
-        facts = _restore(inputs, inputs.loader, optimizer, facts, mesh)
+        facts = _restore(inputs, inputs.loader, part, optimizer, loss_scale, facts, mesh)
     objective = Objective(
-        args.medusa_objective,
-        args.head_weights,
+        args.objective,
+        args.head_weights if args.command == "medusa" else (),
         inputs.vocabulary,
-        soft=args.medusa_soft_targets,
+        part.sharing,
+        part.vocabulary,
+        soft=args.medusa_soft_targets if args.command == "medusa" else 0.0,
     )
     return Session(
         inputs=inputs,
         mesh=mesh,
         objective=objective,
         part=part,
-        pipeline=Pipeline(part.model, mesh, inputs.device, dtype),
+        pipeline=Pipeline(part.chunks, mesh, inputs.device, dtype, args.pipeline_schedule),
         optimizer=optimizer,
+        loss_scale=loss_scale,
         schedules=make_schedules(args, inputs.total),
         facts=facts,
         cache=_cache(inputs, inputs.samples, objective),
@@ -171,13 +172,45 @@ def prepare(args: TrainArguments) -> Session:
     )
 
 
+def _plan(inputs: Inputs) -> Plan:
+    """What the arguments say about how the work is spread."""
+    args, loader = inputs.args, inputs.loader
+    learning = {
+        "medusa1": frozenset({Role.HEADS}),
+        "medusa2": frozenset(Role),
+        "sft": frozenset({Role.BASE}),
+        "pt": frozenset({Role.BASE}),
+    }
+    weights: Literal["folder", "new", "checkpoint"] = "new" if args.from_scratch else "folder"
+    if loader is not None and loader.has_base and args.command != "medusa":
+        weights = "checkpoint"
+    return Plan(
+        roles=learning[args.objective],
+        split=args.stage_num_hidden_layers_list,
+        chunks=args.pipeline_chunks,
+        sequence=args.sequence_parallel and args.tensor_model_parallel_size > 1,
+        recompute=args.recompute,
+        sharded=args.use_distributed_optimizer,
+        overlap_reduce=args.overlap_grad_reduce,
+        overlap_gather=args.overlap_param_gather and args.use_distributed_optimizer,
+        weights=weights,
+        trained=inputs.trained,
+        dtype=getattr(torch, args.dtype),
+    )
+
+
 def _choose_dtype(
     args: TrainArguments, given: TrainArguments, device: torch.device, tell: Tell
 ) -> TrainArguments:
-    """On a CPU the model's own bfloat16 is slower than float32: taken only where asked for."""
-    if device.type == "cpu" and args.bf16 and given.bf16 is None:
+    """On a CPU the model's own half precision is slower than float32: only where asked for."""
+    if device.type != "cpu":
+        return args
+    if args.bf16 and given.bf16 is None:
         tell("computing in float32, which is faster on a CPU than bfloat16 (--bf16 true for that)")
         return dataclasses.replace(args, bf16=False)
+    if args.fp16 and given.fp16 is None:
+        tell("computing in float32, which is faster on a CPU than float16 (--fp16 true for that)")
+        return dataclasses.replace(args, fp16=False)
     return args
 
 
@@ -190,7 +223,8 @@ def open_checkpoint(args: TrainArguments, tell: Tell) -> Loader | None:
     if args.load is None:
         return None
     try:
-        return Loader(find(Path(args.load).expanduser()))
+        wanted = None if args.auto_detect_ckpt_format else args.ckpt_format
+        return Loader(find(Path(args.load).expanduser()), wanted)
     except CheckpointError as error:
         if args.exit_on_missing_checkpoint:
             raise
@@ -231,7 +265,9 @@ def _vocabulary(
 def head_shape(
     args: TrainArguments, config: ModelConfig, vocabulary: Vocabulary | None
 ) -> HeadShape:
-    """What the heads are made of."""
+    """What the heads are made of; there are none where the model itself is trained."""
+    if args.command != "medusa":
+        return NO_HEADS
     rows, token_map = None, None
     if not args.original_lm_head:
         rows = config.vocab_size
@@ -251,21 +287,26 @@ def head_shape(
 
 def _facts(inputs: Inputs) -> Facts:
     """Of the beginning of a run."""
-    return Facts(
-        iteration=0,
-        consumed_samples=0,
-        world_size=world_size(),
-        objective=inputs.args.medusa_objective,
-        heads={
+    config = inputs.config
+    if inputs.args.command != "medusa":
+        made_of: dict[str, Any] = {}
+    else:
+        made_of = {
             "medusa_num_heads": inputs.heads.num_heads,
             "medusa_num_layers": inputs.heads.num_layers,
             "medusa_head_kind": inputs.heads.kind,
             "medusa_inner_size": inputs.heads.inner_size,
             "original_lm_head": inputs.heads.vocab_size is None,
             "truncated_vocab_size": inputs.args.truncated_vocab_size,
-            "hidden_size": inputs.config.hidden_size,
-            "vocab_size": inputs.config.vocab_size,
-        },
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+        }
+    return Facts(
+        iteration=0,
+        consumed_samples=0,
+        world_size=world_size(),
+        objective=inputs.args.objective,
+        heads=made_of,
         data=data_digest(inputs.samples),
     )
 
@@ -285,16 +326,28 @@ def _optimizer_options(args: TrainArguments) -> OptimizerOptions:
 
 
 def _restore(
-    inputs: Inputs, loader: Loader, optimizer: Optimizer, facts: Facts, mesh: Mesh
+    inputs: Inputs,
+    loader: Loader,
+    part: Part,
+    optimizer: Optimizer,
+    loss_scale: LossScale,
+    facts: Facts,
+    mesh: Mesh,
 ) -> Facts:
     """Go on from a checkpoint; returns where the run is now."""
     args, tell = inputs.args, inputs.notes.append
-    loader.restore(optimizer, weights_only=args.finetune, states=not args.no_load_optim)
-    for buffer in optimizer.buffers:
-        buffer.gather()
+    loader.restore(
+        part,
+        optimizer,
+        inputs.config,
+        weights_only=args.finetune,
+        states=not args.no_load_optim,
+    )
     if args.finetune:
         tell(f"taking the weights of {loader.folder}")
         return facts
+    if not args.no_load_optim:
+        loss_scale.restore(loader.loss_scale())
     if not args.no_load_rng:
         loader.restore_random(mesh.world)
     if loader.facts.data != facts.data:

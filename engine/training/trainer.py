@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -11,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.checkpoint.mcore import parallel_args
 from engine.errors import EngineError
-from engine.training import checkpoint
 from engine.training.args import TrainArguments, as_json, model_source
-from engine.training.batch import Targets, make_rows
+from engine.training.batch import Targets, make_batch
 from engine.training.data import micro_batches, sequences
-from engine.training.export import export_base, export_heads
+from engine.training.export import copy_texts, export_base, export_heads
 from engine.training.figures import Losses, Step
 from engine.training.hidden_cache import HiddenCache
 from engine.training.int8_base import Int8Base
@@ -24,6 +25,7 @@ from engine.training.mesh import leave
 from engine.training.metrics import RunLog
 from engine.training.optimizer import Role, global_norm
 from engine.training.run_folder import make_run_folder
+from engine.training.saving import Options, Saver
 from engine.training.setup import Session, prepare
 from engine.training.signals import EXIT_CODES, StopSignals
 from engine.training.template import Sample
@@ -60,23 +62,30 @@ class Trainer:
                 self.args,
                 total=self.inputs.total,
                 has_base=self.objective.has_base,
+                has_heads=self.objective.has_heads,
             )
             self.log.started(self.facts.iteration)
             for note in self.inputs.notes:
                 self.log.note(note)
         self.batches = self._batches()
+        self.saver = self._make_saver()
 
     def run(self) -> Path:
         """All steps that are left; returns the run folder."""
         try:
             self._fill_caches()
+            if self.args.manual_gc:
+                gc.disable()
+                gc.collect()
             self.signals.deferred = True
             while self.facts.iteration < self.inputs.total:
                 self._step()
                 self._after_step()
+            self.saver.wait()
             self.signals.deferred = False
             self._finish()
         finally:
+            gc.enable()
             if self.log is not None:
                 self.log.close()
         return self.run_folder
@@ -94,16 +103,20 @@ class Trainer:
         tokens = sum(len(sample) for samples in micro for sample in samples)
         stop = [self.signals.received is each for each in EXIT_CODES]
         # One message a step for all that the ranks have to tell each other.
-        shared = torch.tensor([tokens * self.mesh.last, *stop], dtype=torch.float64)
+        counted = tokens * self.mesh.last * self.mesh.leads
+        shared = torch.tensor([counted, *stop], dtype=torch.float64)
         shared = self.mesh.world.sum_(torch.cat([squares[None], shared, figures.flatten()]))
-        grad_norm = math.sqrt(shared[0].item())
+        loss_scale = session.loss_scale.value
+        grad_norm = math.sqrt(shared[0].item()) / loss_scale
         losses = self._losses(shared[2 + len(stop) :].view_as(figures))
-        if not math.isfinite(losses.loss) or not math.isfinite(grad_norm):
+        usable = session.loss_scale.update(grad_norm)
+        if not math.isfinite(losses.loss) or (usable and not math.isfinite(grad_norm)):
             raise EngineError(
                 f"step {iteration + 1}: the loss is {losses.loss:g} and the gradient's norm "
                 f"{grad_norm:g}; try a lower learning rate or a longer warm-up"
             )
-        session.optimizer.step(rates, grad_norm)
+        if usable:
+            session.optimizer.step(rates, grad_norm, loss_scale)
         self._stop = [bool(flag) for flag in shared[2 : 2 + len(stop)]]
         self.facts = dataclasses.replace(
             self.facts,
@@ -115,6 +128,8 @@ class Trainer:
     def _rates(self, iteration: int) -> dict[Role, float]:
         """Learning rates of the roles that learn in this step."""
         schedules, joins = self.session.schedules, self.args.medusa_warmup_iters
+        if not self.objective.has_heads:
+            return {Role.BASE: schedules[Role.BASE](iteration)}
         rates = {Role.HEADS: schedules[Role.HEADS](iteration)}
         if self.objective.has_base and iteration >= joins:
             rates[Role.BASE] = schedules[Role.BASE](iteration - joins)
@@ -131,8 +146,8 @@ class Trainer:
         """Micro-batches through the stages, and back if they are to learn.
 
         Returns, on the last stage, per loss the sum over its targets, how many were predicted
-        rightly, how many there were and how many were dropped: float64 [4, losses] of this
-        replica; zeros on the other stages.
+        rightly, how many there were and how many were dropped: float64 [4, losses] of this rank's
+        rows; zeros on the other stages, and where another rank has the same rows.
         """
         pipeline, objective = self.session.pipeline, self.objective
         figures = torch.zeros(4, len(objective.distances), dtype=torch.float64)
@@ -146,6 +161,8 @@ class Trainer:
             scales = objective.scales(
                 (self.mesh.replicas.sum_(counts) if learn else counts).tolist()
             )
+            if learn:
+                scales = [scale * self.session.loss_scale.value for scale in scales]
 
         def loss(index: int, hidden: Tensor) -> Tensor:
             total, part = objective.loss(
@@ -165,12 +182,14 @@ class Trainer:
                 for index, samples in enumerate(micro):
                     finish(index, cache.rows(samples, self.inputs.device))
             return figures
-        rows = [make_rows(samples, self.inputs.device) for samples in micro]
+        sharing = self.session.part.sharing
+        batches = [make_batch(samples, self.inputs.device, sharing) for samples in micro]
         if base_learns and learn:
-            pipeline.train(rows, lambda i, hidden: loss(i, hidden[targets[i].positions]))
+            self.session.optimizer.expect(len(batches))
+            pipeline.train(batches, lambda i, hidden: loss(i, hidden[targets[i].positions]))
         else:
-            pipeline.forward(rows, lambda i, hidden: finish(i, hidden[targets[i].positions]))
-        return figures
+            pipeline.forward(batches, lambda i, hidden: finish(i, hidden[targets[i].positions]))
+        return figures if self.mesh.tensor.index == 0 else torch.zeros_like(figures)
 
     def _losses(self, figures: Tensor) -> Losses:
         sums, right, kept, dropped = figures.tolist()
@@ -194,6 +213,7 @@ class Trainer:
         began: float,
     ) -> None:
         params_norm = None
+        heads, has_base = self.objective.has_heads, self.objective.has_base
         if self.args.log_params_norm and self.facts.iteration % self.args.log_interval == 0:
             params_norm = global_norm(self.session.optimizer.squared_params(), self.mesh.world)
         if self.log is not None:
@@ -202,12 +222,13 @@ class Trainer:
                     iteration=self.facts.iteration,
                     consumed_samples=self.facts.consumed_samples,
                     losses=losses,
-                    lr=rates[Role.HEADS],
-                    base_lr=rates.get(Role.BASE, 0.0) if self.objective.has_base else None,
+                    lr=rates[Role.HEADS if heads else Role.BASE],
+                    base_lr=rates.get(Role.BASE, 0.0) if heads and has_base else None,
                     grad_norm=grad_norm,
                     params_norm=params_norm,
                     tokens=tokens,
                     seconds=time.perf_counter() - began,
+                    loss_scale=self.session.loss_scale.value if self.args.fp16 else None,
                 )
             )
 
@@ -218,11 +239,18 @@ class Trainer:
         is_end = iteration == self.inputs.total
         interval = args.eval_interval or args.save_interval
         stopped = [code for flag, code in zip(self._stop, EXIT_CODES.values(), strict=True) if flag]
-        if not stopped and (is_end or iteration % interval == 0):
+        evaluates = not stopped and (is_end or iteration % interval == 0)
+        saves = bool(stopped) or is_end or iteration % args.save_interval == 0
+        if evaluates:
             self._evaluate()
-        if stopped or is_end or iteration % args.save_interval == 0:
+        if saves:
             self._save()
+        if args.manual_gc:
+            every = args.manual_gc_interval
+            if evaluates or saves or (every and iteration % every == 0):
+                gc.collect()
         if stopped and not is_end:
+            self.saver.wait()
             if self.log is not None:
                 self.log.note(f"stopped after step {iteration}; saved in {self.run_folder}")
             raise SystemExit(int(stopped[0]))
@@ -246,28 +274,48 @@ class Trainer:
 
     def _save(self) -> None:
         vocabulary = self.objective.vocabulary
-        folder = checkpoint.save(
-            self.run_folder,
-            self.facts,
-            self.session.optimizer,
-            self.mesh.world,
-            vocabulary=None if vocabulary is None else vocabulary.ids.cpu(),
-            with_states=not self.args.no_save_optim,
-            with_random=not self.args.no_save_rng,
-        )
+        ids = None if vocabulary is None else vocabulary.ids.cpu()
+        own = {"loss_scale": self.session.loss_scale.state()} if self.args.fp16 else {}
+        self.saver.save(self.facts, own, ids)
         if self.log is not None:
             self.log.plot()
-            self.log.note(f"saved {folder}")
+
+    def _make_saver(self) -> Saver:
+        args, inputs, session = self.args, self.inputs, self.session
+        mesh = self.mesh
+        parallel = parallel_args(
+            inputs.config, tp=mesh.tp, pp=mesh.pp, cp=mesh.cp, dtype=torch.float32
+        )
+        log = self.log
+        return Saver(
+            self.run_folder,
+            inputs.config,
+            session.part,
+            session.optimizer,
+            mesh,
+            Options(
+                "torch" if args.ckpt_format == "torch" else "torch_dist",
+                with_states=not args.no_save_optim,
+                with_random=not args.no_save_rng,
+                in_background=args.async_save,
+            ),
+            as_json(args) | parallel,
+            (lambda folder: log.note(f"saved {folder}")) if log is not None else _say_nothing,
+        )
 
     def _finish(self) -> None:
         """Write what the engine can load."""
         session, dtype = self.session, self.inputs.export_dtype
         vocabulary = self.objective.vocabulary
+        if not self.objective.has_heads:
+            if self.log is not None:
+                self.log.note(f"weights are in {self.run_folder}; see jupiter export --to_hf")
+            return
         if self.objective.has_base:
             export_base(
-                session.part.model, self.inputs.folder, self.run_folder / "model", self.mesh, dtype
+                session.part, self.inputs.folder, self.run_folder / "model", self.mesh, dtype
             )
-        if self.mesh.last and self.mesh.replica == 0:
+        if self.mesh.last and self.mesh.replica == 0 and self.mesh.leads:
             export_heads(
                 session.part.model,
                 self.run_folder / "heads",
@@ -293,6 +341,8 @@ class Trainer:
                     arguments=as_json(self.args),
                 )
             )
+            if self.args.command != "medusa":
+                copy_texts(self.inputs.folder, Path(name), self.inputs.config)
         return Path(self.mesh.world.first_text(name))
 
     def _batches(self) -> Iterator[list[Sample]]:
@@ -316,6 +366,10 @@ class Trainer:
             int8 = Int8Base(inputs.folder, inputs.device, longest)
         for cache in caches:
             cache.fill(self.session.pipeline, self.mesh, progress, int8)
+
+
+def _say_nothing(folder: Path) -> None:
+    """Only rank 0 tells."""
 
 
 def _counts(targets: Sequence[Targets], losses: int) -> Tensor:

@@ -96,10 +96,8 @@ def test_ranks_train_together_and_the_run_folder_is_the_last_line(training: Trai
     run = training.run_folder()
     assert out.splitlines()[-1] == str(run)
     assert [step["iteration"] for step in steps(run)] == [1, 2, 3]
-    assert {path.name for path in find(run).glob("rank_*")} == {
-        "rank_00000.safetensors",
-        "rank_00001.safetensors",
-    }
+    files = {path.name for path in find(run).glob("*.distcp")}
+    assert files == {"__0_0.distcp", "__1_0.distcp"}
     assert not list(training.runtime.iterdir())
     # Nothing but the run's own words.
     assert all(line.startswith(("step ", "saved ", "heads are in ")) for line in err.splitlines())

@@ -5,33 +5,35 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint.safetensors_file import read_index
-from engine.training.args import parse_arguments
+from engine.checkpoint.dcp import DcpReader
+from engine.checkpoint.mcore import McoreReader
+from engine.model.config import ModelConfig
+from engine.training.args import Command, parse_arguments
 from engine.training.checkpoint import find
 
 MOST = 4
 
 
-def train_here(words: list[str]) -> Path:
+def train_here(words: list[str], command: Command = "medusa") -> Path:
     """A run of one rank in this very process."""
     from engine.training.trainer import train
 
-    return train(parse_arguments(words))
+    return train(parse_arguments(words, command))
 
 
-def _train_as(environment: dict[str, str], words: list[str]) -> str:
+def _train_as(environment: dict[str, str], words: list[str], command: Command) -> str:
     torch.set_num_threads(1)
     os.environ.update(environment)
-    return str(train_here(words))
+    return str(train_here(words, command))
 
 
 class Ranks:
@@ -41,10 +43,10 @@ class Ranks:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._pool = ProcessPoolExecutor(MOST, mp_context=get_context("spawn"))
 
-    def train(self, world: int, words: list[str]) -> Path:
+    def train(self, world: int, words: list[str], command: Command = "medusa") -> Path:
         """Train with `world` ranks; returns the run folder. Raises rank 0's error."""
         if world == 1:
-            return train_here(words)
+            return train_here(words, command)
         with tempfile.TemporaryDirectory() as folder:
             common = {
                 "WORLD_SIZE": str(world),
@@ -53,7 +55,7 @@ class Ranks:
                 "GLOO_SOCKET_IFNAME": "lo",
             }
             runs: list[Future[str]] = [
-                self._pool.submit(_train_as, {**common, "RANK": str(rank)}, words)
+                self._pool.submit(_train_as, {**common, "RANK": str(rank)}, words, command)
                 for rank in range(world)
             ]
             for run in runs:
@@ -81,19 +83,17 @@ def steps(run: Path) -> list[dict[str, Any]]:
     return [record for record in records(run) if "loss" in record]
 
 
-def tensors(run: Path, kind: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """A kind of tensor of a run's latest checkpoint, put together from all ranks' files."""
-    found = {name: np.full(torch.Size(shape).numel(), np.nan) for name, shape in shapes.items()}
-    for path in find(run).glob("*.safetensors"):
-        for entry, stored in read_index(path).items():
-            if not entry.startswith(f"{kind}/"):
-                continue
-            name, _, start = entry.removeprefix(f"{kind}/").rpartition("@")
-            if name not in shapes:
-                continue
-            values = np.fromfile(path, "<f4", count=stored.shape[0], offset=stored.start)
-            span = slice(int(start), int(start) + len(values))
-            assert np.isnan(found[name][span]).all(), "stored twice"
-            found[name][span] = values
-    whole = {name: torch.from_numpy(values).float() for name, values in found.items()}
-    return {name: values.view(shapes[name]) for name, values in whole.items()}
+def tensors(run: Path, kind: str, model: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """A kind of tensor of a run's latest checkpoint: "" for weights, else states of them.
+
+    Read as `jupiter export` reads them, by Hugging Face's names.
+    """
+    prefix = f"optimizer.state.{kind}." if kind else ""
+    heads = [name for name in names if name.startswith("medusa_head.")]
+    base = [name for name in names if name not in heads]
+    file = DcpReader(find(run))
+    found = {name: file.box(prefix + name) for name in heads}
+    if base:
+        reader = McoreReader(find(run), ModelConfig.from_folder(model))
+        found |= reader.stage(base, prefix=prefix)
+    return found

@@ -8,7 +8,7 @@ import torch
 
 from engine.model.config import ModelConfig
 from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM
-from engine.training.batch import make_rows, make_targets
+from engine.training.batch import make_batch, make_targets
 from engine.training.objectives import Objective
 from engine.training.template import Sample
 from engine.training.vocabulary import Vocabulary, most_frequent
@@ -69,8 +69,9 @@ def test_a_sample_too_short_for_a_head_is_no_target() -> None:
 
 
 def test_samples_lie_under_one_another_and_attend_to_themselves() -> None:
-    tokens, rows = make_rows(SAMPLES, CPU)
-    assert tokens.tolist() == [10, 11, 12, 13, 14, 15, 20, 21, 22]
+    batch = make_batch(SAMPLES, CPU)
+    rows = batch.rows
+    assert batch.tokens.tolist() == [10, 11, 12, 13, 14, 15, 20, 21, 22]
     assert rows.positions.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
     assert [segment.rows for segment in rows.segments] == [slice(0, 6), slice(6, 9)]
 

@@ -69,6 +69,44 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(
     assert figures(rest) == pytest.approx(expected, rel=1e-5)
 
 
+TP2, PP2 = ["--tensor_model_parallel_size", "2"], ["--pipeline_model_parallel_size", "2"]
+SP, CP2 = ["--sequence_parallel", "true"], ["--context_parallel_size", "2"]
+LAYOUTS = {"1": (1, []), "tp2": (2, TP2), "pp2": (2, PP2), "dp2": (2, []), "cp2": (2, CP2)} | {
+    "tp2 sp dp2": (4, [*TP2, *SP]),
+    "pp2 dp2 interleaved": (4, [*PP2, "--pipeline_schedule", "interleaved"]),
+}
+
+
+@pytest.mark.parametrize("option", ["torch_dist", "torch_dist async", "torch"])
+def test_the_model_itself_goes_on_at_any_parallel_layout(
+    option: str, ranks: Ranks, words: list[str], full: bool
+) -> None:
+    kind, _, background = option.partition(" ")
+    alone = ["--medusa_num_heads", "--medusa_objective", "--medusa_warmup_iters"]
+    for name in alone:
+        words = without(words, name)
+    words = [*words, "--ckpt_format", kind, *(["--async_save", "true"] if background else [])]
+    words[words.index("--model") + 1] = str(tiny_folder("qwen2", 4))
+
+    def run(layout: str, *more: str) -> Path:
+        world, shares = LAYOUTS[layout]
+        return ranks.train(world, [*words, *shares, *more], "sft")
+
+    pairs = [("tp2", after) for after in ("pp2", "1")]
+    if full:
+        pairs = [(before, after) for before in LAYOUTS for after in LAYOUTS]
+    elif kind == "torch":
+        pairs = [("tp2", "dp2")]
+    elif background:
+        pairs = [("pp2 dp2 interleaved", "tp2 sp dp2")]
+    for before in dict.fromkeys(before for before, _ in pairs):
+        whole = run(before)
+        for after in (after for each, after in pairs if each == before):
+            rest = run(after, *from_step(whole))
+            expected = figures(whole)[-len(figures(rest)) :]
+            assert figures(rest) == pytest.approx(expected, rel=1e-4), (before, after)
+
+
 def test_the_run_folder_itself_names_its_latest_checkpoint(words: list[str]) -> None:
     first = train_here([*words, "--lr_decay_iters", "9"])
     more = without(words, "--train_iters")

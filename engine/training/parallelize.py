@@ -5,6 +5,7 @@ All of it is in `parallelize`. The model itself knows nothing of ranks.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -59,7 +59,7 @@ class Ranks:
                 for rank in range(world)
             ]
             for run in runs:
-                run.exception(60)
+                run.exception(150)
             return Path(runs[0].result())
 
     def close(self) -> None:

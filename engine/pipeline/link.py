@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.pipeline.meter import StageMeter
+from engine.pipeline.wire import LinkDtype, Wire
 
 HEADER_LENGTH = 4
 HEADER_BYTES = 8 * HEADER_LENGTH
@@ -55,15 +56,16 @@ class Link:
         device: torch.device,
         nccl: bool = False,
         meter: StageMeter | None = None,
+        link_dtype: LinkDtype = "exact",
     ) -> None:
-        """`meter`: what the sending thread's time is booked on."""
+        """`meter`: what the sending thread's time is booked on; `link_dtype`: see Wire."""
         self.meter = meter or StageMeter()
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.device = device
         self._nccl = nccl
         self.first_bytes = FIRST_BYTES_NCCL if nccl else FIRST_BYTES
-        self.row_bytes = hidden_size * dtype.itemsize
+        self.form = Wire(link_dtype, hidden_size, dtype)
         self._incoming = _Buffer(self.first_bytes)
         # Two outgoing ones: one is filled while the other is still being sent.
         self._outgoing = [_Buffer(self.first_bytes) for _ in range(2)]
@@ -73,7 +75,11 @@ class Link:
     def beside(self) -> Link:
         """Another link of this rank, to receive with while a thread waits in this one's."""
         return Link(
-            hidden_size=self.hidden_size, dtype=self.dtype, device=self.device, nccl=self._nccl
+            hidden_size=self.hidden_size,
+            dtype=self.dtype,
+            device=self.device,
+            nccl=self._nccl,
+            link_dtype=self.form.kind,
         )
 
     def send(
@@ -92,12 +98,14 @@ class Link:
             work.wait()
         rows = 0 if hidden is None else len(hidden)
         split = HEADER_BYTES + 8 * len(numbers)
-        size = split + rows * self.row_bytes
+        size = split + rows * self.form.row_bytes
         out = self._outgoing[turn]
         out.make_room(size)
         out.put_numbers(chain((kind, len(numbers), rows, 0), numbers))
-        if hidden is not None:
+        if hidden is not None and self.form.kind == "exact":
             out.put_rows(split, hidden)
+        elif hidden is not None:
+            self.form.put(hidden, out.part(split, size))
         if size <= self.first_bytes:
             parts = [out.part(0, self.first_bytes if self._nccl else size)]
         else:
@@ -120,12 +128,12 @@ class Link:
         kind, count, rows, _ = self._incoming.numbers(0, HEADER_LENGTH)
         with nullcontext() if meter is None else meter.during("link"):
             split = HEADER_BYTES + 8 * count
-            size = split + rows * self.row_bytes
+            size = split + rows * self.form.row_bytes
             if size > self.first_bytes:
                 self._incoming.make_room(size)
                 self._receive(source, HEADER_BYTES, size)
             numbers = self._incoming.numbers(HEADER_BYTES, count)
-            hidden = self._incoming.rows(split, rows, self.hidden_size, self.dtype)
+            hidden = self.form.take(self._incoming.part(split, size), rows)
             return Kind(kind), list(numbers), hidden.to(self.device)
 
     def _receive(self, source: int, start: int, end: int) -> None:

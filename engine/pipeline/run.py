@@ -68,6 +68,7 @@ def run_rank(
             dtype=plan.dtype,
             device=stage.device,
             nccl=dist.get_backend() == "nccl",
+            link_dtype=plan.config.link_dtype,
         )
     if stage.kv_rows is None:
         stage.kv_rows = kv_rows(stage, stages_here(plan.config))

@@ -31,10 +31,20 @@ def costs_of(config: JupiterConfig, folder: Path, profile: Profile, sequences: i
     return Costs(
         profile,
         model.num_hidden_layers,
-        model.hidden_size * DTYPE_BYTES[config.torch_dtype],
+        _row_bytes(config, model.hidden_size),
         sizes,
         sequences,
     )
+
+
+def _row_bytes(config: JupiterConfig, hidden_size: int) -> int:
+    """Of a row of hidden states on a link; as engine/pipeline/wire.py has it."""
+    match config.link_dtype:
+        case "bfloat16":
+            return 2 * hidden_size
+        case "int8":
+            return hidden_size + 4
+    return hidden_size * DTYPE_BYTES[config.torch_dtype]
 
 
 def longest_chunk(config: JupiterConfig) -> int:

@@ -13,6 +13,7 @@ BENCHES = {
     "decode": "engine.bench.decode",
     "outline": "engine.bench.outline",
     "prefill": "engine.bench.prefill",
+    "network": "engine.bench.network.bench",
     "quality": "engine.bench.quality",
     "soak": "engine.bench.soak",
     "step": "engine.bench.step",

@@ -14,8 +14,8 @@ SCALE_BYTES = 4
 class Wire:
     """Rows [n, width] of `dtype` to bytes and back; each row by itself, whatever is beside it.
 
-    `exact` copies them. `bfloat16` rounds to 8 bits of mantissa. `int8` has a float32 scale per row,
-    the largest magnitude over 127, and rounds to the nearest multiple: all scales come first.
+    `exact` copies them. `bfloat16` rounds to 8 bits of mantissa. `int8` has a float32 scale for
+    each row, the largest magnitude over 127, and rounds to the nearest multiple; scales come first.
     """
 
     def __init__(self, kind: LinkDtype, width: int, dtype: torch.dtype) -> None:

@@ -110,7 +110,7 @@ class Profiler:
 
         small = statistics.median(seconds(None) for _ in range(PINGS))
         big = statistics.median(seconds(hidden) for _ in range(BIG_PINGS))
-        bits, transfer_s = 8 * hidden.nbytes, big - small
+        bits, transfer_s = 8 * BIG_ROWS * link.form.row_bytes, big - small
         return LinkProfile(
             latency_ms=1000.0 * small / 2,
             mbit_per_s=bits / transfer_s / 1e6 if transfer_s > 0 else None,

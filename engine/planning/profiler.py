@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from engine.decoding.acceptance import CANDIDATES
-from engine.decoding.tree import MAX_NODES
+from engine.decoding.tree import MAX_NODES, Tree, choose_tree
 from engine.pipeline.batch import Entry, Judge
 from engine.pipeline.link import Kind, Link
 from engine.pipeline.memory import memory_bytes, memory_total_bytes, weights_bytes
@@ -275,9 +275,12 @@ def run_s(stage: Stage, rows: int, context: int) -> float:
 def _measure_judging(stage: Stage) -> dict[str, Any]:
     heads = stage.model.heads.num_heads
     width = CANDIDATES if heads else 0
+    # Sequential heads draft along a tree; one of the size that pays as a rule.
+    hydra = stage.model.heads.kind == "hydra"
+    along = choose_tree("mc_16", heads) if hydra else None
 
     def ms(nodes: int, sequences: int = 1, *, width: int = width, heads: int = 0) -> float:
-        entries = [_judged(nodes, width, heads) for _ in range(sequences)]
+        entries = [_judged(nodes, width, heads, along) for _ in range(sequences)]
         hidden = torch.randn(nodes * sequences, stage.model.config.hidden_size)
         hidden = hidden.to(stage.device, stage.dtype)
 
@@ -301,9 +304,17 @@ def _measure_judging(stage: Stage) -> dict[str, Any]:
     return found
 
 
-def _judged(nodes: int, width: int, heads: int) -> Entry:
-    parents = [-1, *[0] * (nodes - 1)]
-    return Entry(0, 0, [0] * nodes, parents, Judge.TREE, draft_width=width, draft_heads=heads)
+def _judged(nodes: int, width: int, heads: int, along: Tree | None) -> Entry:
+    return Entry(
+        slot=0,
+        start=0,
+        tokens=[0] * nodes,
+        parents=[-1, *[0] * (nodes - 1)],
+        judge=Judge.TREE,
+        draft_width=width,
+        draft_heads=heads,
+        draft_tree=along,
+    )
 
 
 def _least_s(seconds: Callable[[], float]) -> float:

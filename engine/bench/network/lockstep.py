@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.decoding.drafted import Drafted
 from engine.decoding.tree import Tree
 from engine.pipeline.batch import Entry, Judge
 from engine.pipeline.stage import Stage
@@ -26,6 +27,7 @@ class LockStep:
     def __init__(self, stage: Stage, rank: int, world: int, tree: Tree) -> None:
         self.stage, self.rank, self.world, self.tree = stage, rank, world, tree
         self._width = stage.model.config.hidden_size
+        self._sequential = stage.model.heads.kind == "hydra"
         self._fed = self._keep_to = 0
         self._keep: list[int] = []
         self._root = 0
@@ -61,8 +63,7 @@ class LockStep:
         _send_numbers(1, [END, 0])
 
     def _step(self, op: int, prompt: Sequence[int]) -> list[int]:
-        drafted = self.tree.tokens(self._root, self._candidates) if op == DECODE else []
-        tokens = drafted or list(prompt)
+        tokens = self._drafted() if op == DECODE else list(prompt)
         entry = self._entry(op, tokens)
         hidden = self.stage.run([entry], None)
         _send_numbers(1, [op, len(tokens)])
@@ -77,7 +78,7 @@ class LockStep:
     def _judge(self, op: int, entry: Entry, hidden: Tensor) -> None:
         """On the last rank: the result goes to every other one, the candidates to the first."""
         if op == DECODE:
-            entry.tokens = self.tree.tokens(self._root, self._candidates)
+            entry.tokens = self._drafted()
         (result,) = self.stage.judge([entry], hidden)
         for rank in range(self.world - 1):
             _send_numbers(rank, [len(result.path), result.next_token])
@@ -104,6 +105,11 @@ class LockStep:
             self._fed += len(path)
         self._root = token
 
+    def _drafted(self) -> list[int]:
+        """The tree's tokens, on the first and the last rank."""
+        along = self.tree if self._sequential else None
+        return Drafted(self._candidates, along).tokens(self.tree, self._root)
+
     def _entry(self, op: int, tokens: list[int]) -> Entry:
         prefill = op == PREFILL
         return Entry(
@@ -115,6 +121,7 @@ class LockStep:
             keep=[] if prefill else self._keep,
             keep_to=self._keep_to,
             draft_width=self.tree.width if self.tree.depth else 0,
+            draft_tree=self.tree if self._sequential else None,
         )
 
 

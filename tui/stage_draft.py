@@ -102,6 +102,10 @@ class StageDraft:
         stages = range(len(self.split))
         return self._with(tuple(each + (stage < more) for stage in stages), self.chosen)
 
+    def take(self, split: tuple[int, ...]) -> StageDraft:
+        """A split of the same model from elsewhere; another model's gives the draft as it was."""
+        return self._with(split, self.chosen) if sum(split) == self.layers else self
+
     def revert(self) -> StageDraft:
         """Back to the live split."""
         return self._with(self.live, self.chosen)

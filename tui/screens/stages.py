@@ -19,9 +19,10 @@ from textual.widgets import Footer
 from engine.checkpoint.sources import resolve_cached
 from engine.config import JupiterConfig, find_config
 from engine.config_file import save_split
-from engine.errors import JupiterError
+from engine.errors import ConfigError, JupiterError
 from engine.planning.memory import ModelSizes, read_sizes
 from tui import metrics
+from tui.planned import Planner
 from tui.snapshot import Snapshot
 from tui.speeds import SpeedStore
 from tui.stage_draft import StageDraft
@@ -65,6 +66,10 @@ class StagesScreen(Screen[None]):
     - `≈` marks what is predicted; `n/a` what was not measured, such as a hop while there is one
       stage.
 
+    **Planned** drafts the split that the planner chooses for as many stages, from what `jupiter
+    plan` (or a start with `auto`) measured. Its own predictions then stand below, for a prompt of
+    512 tokens.
+
     **Apply** checks the draft, stops answers at the end of a step, starts the stages anew, tries
     them on one token and lets the answers go on where they were. If the new stages do not come
     up, the old split is started again. **Save** writes the draft to config.json.
@@ -75,6 +80,7 @@ class StagesScreen(Screen[None]):
         Binding("a", "add", "Add", id="stages.add", tooltip="Cut the chosen stage in two"),
         Binding("d,delete", "remove", "Remove", id="stages.remove", tooltip="Take the stage away"),
         Binding("e", "even", "Even", id="stages.even", tooltip="As many layers on every stage"),
+        Binding("p", "plan", "Planned", id="stages.plan", tooltip="The planner's split"),
         Binding("s", "save", "Save", id="stages.save", tooltip="Write the split to config.json"),
         Binding("left", "choose(-1)", "Stage before", show=False, id="stages.before"),
         Binding("right", "choose(1)", "Next stage", show=False, id="stages.next"),
@@ -115,6 +121,7 @@ class StagesScreen(Screen[None]):
         self._sizes: ModelSizes | None = None
         self._sizes_of: tuple[object, ...] | None = None
         self._applying = False
+        self._planner: Planner | None = None
         self.set_reactive(StagesScreen.draft, StageDraft.of(session.snapshot.split or (1,)))
 
     def compose(self) -> ComposeResult:
@@ -201,7 +208,10 @@ class StagesScreen(Screen[None]):
             return
         facts = self.facts()
         self.query_one(SplitBar).draft = self.draft
-        self.query_one(Comparison).show(comparison(facts), note=self._note(facts))
+        lines = comparison(facts)
+        if self._planner is not None:
+            lines += self._planner.lines(self.draft.live, self.draft.split)
+        self.query_one(Comparison).show(lines, note=self._note(facts))
         await self.query_one(DraftCards).show(cards(facts), self.draft.chosen)
 
     def _note(self, facts: StageFacts) -> str:
@@ -238,6 +248,20 @@ class StagesScreen(Screen[None]):
     def action_even(self) -> None:
         """Make all stages as equal as can be."""
         self._edit(self.draft.even())
+
+    def action_plan(self) -> None:
+        """Draft the planner's split, in the background."""
+        self.run_worker(self._plan(self._session.config, len(self.draft.split)), group="plan")
+
+    async def _plan(self, config: JupiterConfig, stages: int) -> None:
+        try:
+            self._planner = await asyncio.to_thread(planner_of, config, stages)
+            split = await asyncio.to_thread(self._planner.split)
+        except JupiterError as error:
+            self.notify(str(error), title="No plan", severity="warning", markup=False)
+        else:
+            self._edit(self.draft.take(split))
+            await self._show()  # its predictions, where the draft is the same
 
     def action_revert(self) -> None:
         """Back to the live split."""
@@ -280,7 +304,10 @@ class StagesScreen(Screen[None]):
     async def _apply(self, split: tuple[int, ...]) -> None:
         progress = self.query_one(ApplyProgress)
         progress.begin()
-        config = replace(self._session.config, stage_num_hidden_layers_list=list(split))
+        # Chunks that were planned for another split are not this one's.
+        config = replace(
+            self._session.config, stage_num_hidden_layers_list=list(split), prefill_plan={}
+        )
         try:
             await self._session.apply(config)
         except JupiterError as error:
@@ -316,6 +343,14 @@ def sizes_of(config: JupiterConfig) -> ModelSizes | None:
     """The sizes of a config's model; None while it is not on this machine."""
     folder = resolve_cached(config.base_model_name_or_path)
     return None if folder is None else read_sizes(folder, config)
+
+
+def planner_of(config: JupiterConfig, stages: int) -> Planner:
+    """The planner of a config's model; raises JupiterError where nothing was measured."""
+    folder = resolve_cached(config.base_model_name_or_path)
+    if folder is None:
+        raise ConfigError(f"{config.base_model_name_or_path} is not on this machine")
+    return Planner.load_for(config, folder, stages)
 
 
 def save(split: tuple[int, ...], given: str | None) -> Path:

@@ -30,6 +30,7 @@ from engine.protocol import (
     Heartbeat,
     Measure,
     Message,
+    Resplit,
     SamplingParams,
     StageState,
     StageTelemetry,
@@ -59,6 +60,8 @@ HEARTBEAT_S = 1.0
 STARTING_HEARTBEAT_S = 0.1
 # Seconds that torchrun has to write how its workers ended.
 DEATH_VERDICT_S = 3.0
+# A neighbour may tell of a loss before the kernel tells of the end of a process.
+GRACE_S = 0.1
 OPEN_STATES = (ClientState.READY, ClientState.BUSY, ClientState.RECOVERING)
 """In which requests are taken."""
 
@@ -121,6 +124,7 @@ class EngineClient:
         self._recovering: asyncio.Task[None] | None = None
         self._timers: dict[Callable[[], None], asyncio.TimerHandle] = {}
         self._heard = 0.0
+        self._moved = asyncio.Event()  # the split may be another
         self._settled = asyncio.Event()  # the stages are ready, or something is wrong with them
 
     @property
@@ -131,6 +135,12 @@ class EngineClient:
     def log_path(self, rank: int) -> Path | None:
         """The log file of a rank, None where there is none yet."""
         return rank_log(self.log_dir, rank)
+
+    def workers(self) -> dict[int, int]:
+        """The process of each rank that is up."""
+        if self._crew is None:
+            return {}
+        return {rank: pid for pid, rank in self._crew.post_mortem.living().items()}
 
     # --- start and stop --------------------------------------------------------------------------
 
@@ -247,6 +257,7 @@ class EngineClient:
         self._dismiss()
         self._error = error
         self._settled.set()
+        self._moved.set()
         self._open.fail(error)
         self._set_state(ClientState.DEAD, str(error))
 
@@ -274,6 +285,9 @@ class EngineClient:
     async def _recover(self, hang: Hang | None) -> None:
         """Have what was lost replaced, until all works again or there is no more hope."""
         assert self._crew is not None
+        if hang is not None and hang.rank is None:
+            await asyncio.sleep(GRACE_S)
+            hang = None if self._crew.post_mortem.any_gone() else hang
         error = EngineError(hang.cause) if hang else await self._crew.verdict(VERDICT_S)
         try:
             while True:
@@ -312,7 +326,10 @@ class EngineClient:
         self.stages.clear()
         if self._crew is not None and self._crew.launch.exit_code() is None and attempt < 3:
             self._beat()
-            await self._crew.regroup(self._next_epoch(), hung, spare=attempt == 1)
+            # In the middle of a change of split, stages may have one or the other.
+            at_rest = self.ready is not None and list(self.ready.stages) == self._split()
+            spare = attempt == 1 and at_rest
+            await self._crew.regroup(self._next_epoch(), hung, spare=spare)
         else:
             self._launch()
         try:
@@ -326,6 +343,34 @@ class EngineClient:
         for request in self._open.continuations():
             self._publish(request)
         self._set_state(ClientState.BUSY if len(self._open) else ClientState.READY)
+
+    async def resplit(self, config: JupiterConfig) -> EngineReady:
+        """Go over to another split at the same number of stages, in the middle of whatever runs.
+
+        Only layers that change hands move, with their KV rows; see engine/pipeline/resplit.py. A
+        stage that is lost meanwhile is replaced on the new split.
+
+        Args:
+            config: as the present one but for the split.
+
+        Raises:
+            EngineError: the engine is not up, or has died meanwhile.
+        """
+        if not self._up or self._crew is None:
+            raise EngineError(f"the engine is {self.state.value}: its split cannot be changed now")
+        self.config = config
+        self._crew.launch.config = config
+        self._crew.launch.replace((), self._crew.epoch)  # those that start from now on know it
+        self._crew.queue.publish(Resplit(split=tuple(self._split())))
+        while self.ready is None or list(self.ready.stages) != self._split():
+            if self.state is ClientState.DEAD:
+                raise self._error or EngineError("the engine died")
+            self._moved.clear()
+            await self._moved.wait()
+        return self.ready
+
+    def _split(self) -> list[int]:
+        return list(self.config.stage_num_hidden_layers_list)
 
     def _watch(self) -> None:
         """Look whether all stages get on."""
@@ -423,6 +468,8 @@ class EngineClient:
                 self.stages[rank] = body
                 if body.pid > 0:
                     self._crew.reported(rank, body.pid)
+                if body.phase == "lost" and self._up and self._attempts.limit:
+                    self._on_loss(Hang(None, f"rank {rank} has lost its link to a neighbour"))
             case StageTelemetry():
                 self.telemetry[rank] = body
                 self._watchdog.heard(rank, body)
@@ -438,6 +485,9 @@ class EngineClient:
 
     def _on_ready(self, ready: EngineReady) -> None:
         self.ready = ready
+        self._moved.set()
+        if self._up:
+            return  # only the split is another
         self._up = True
         self._attempts.up()
         if self._attempts.limit:

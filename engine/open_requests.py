@@ -40,13 +40,14 @@ class OpenRequests:
         return stream
 
     def take(self, event: Answer) -> bool:
-        """Pass an event on to its stream; whether tokens came with it."""
+        """Pass an event on to its stream; whether it brings the answer further."""
         stream = self._streams.get(event.request_id)
         if stream is None:
             return False
         stream.part(event)
         if isinstance(event, Finished | Failed):
             del self._streams[event.request_id]
+            return True
         return isinstance(event, Tokens) and bool(event.token_ids)
 
     def cancelled(self, request_id: str) -> None:

@@ -50,6 +50,8 @@ class PostMortem:
 
     def gone(self, pid: int) -> bool:
         """A process has ended; whether it is one that had reported, and is missed."""
+        if pid in self._dismissed:
+            return False
         missed = pid in self._rank_of and pid not in self._gone
         self._gone.append(pid)
         return missed
@@ -57,6 +59,10 @@ class PostMortem:
     def ended_by_themselves(self) -> list[int]:
         """Ranks that have said why they end; their processes may not have, yet."""
         return list(self._last_words)
+
+    def any_gone(self) -> bool:
+        """Whether a process has ended."""
+        return bool(self._gone)
 
     def forget(self, pid: int) -> None:
         """A process is no evidence any more: its end is wanted."""

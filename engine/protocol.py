@@ -17,7 +17,8 @@ TELEMETRY_INTERVAL_S = 0.5
 """Seconds between two StageTelemetry of a stage that is ready, busy or not."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
-StagePhase = Literal["starting", "compiling", "connecting", "loading", "ready", "stopped"]
+StagePhase = Literal["starting", "compiling", "connecting", "loading", "ready", "lost", "stopped"]
+"""A stage that has "lost" a neighbour keeps its weights and waits for a Regroup."""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -109,7 +110,16 @@ class Regroup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """File of the new group's FileStore."""
 
 
-Command = Generate | Cancel | Measure | Heartbeat | Shutdown | Regroup
+class Resplit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Go over to another split of the same layers over as many stages, between two steps.
+
+    When that is done, rank 0 sends another EngineReady.
+    """
+
+    split: tuple[int, ...]
+
+
+Command = Generate | Cancel | Measure | Heartbeat | Shutdown | Regroup | Resplit
 
 
 # --- events: workers -> client -----------------------------------------------------------------

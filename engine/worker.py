@@ -119,6 +119,7 @@ def _serve(config: JupiterConfig, run: Run, rank: int, local_rank: int, endpoint
             break
         except StageLostError as error:
             print(error, file=sys.stderr, flush=True)
+            state("lost")
         leave()  # not while the error, and with it what uses the connections, is there
         store = _regrouped(endpoint)
     state("stopped")

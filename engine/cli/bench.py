@@ -11,6 +11,7 @@ from engine.errors import ConfigError
 BENCHES = {
     "batch": "engine.bench.batch",
     "decode": "engine.bench.decode",
+    "faults": "engine.bench.faults.command",
     "outline": "engine.bench.outline",
     "prefill": "engine.bench.prefill",
     "network": "engine.bench.network.bench",

@@ -59,7 +59,19 @@ class NativeForward:
         self._model, self._kernels, self.threads = model, Kernels(threads), threads
         arena = Arena()
         self._last = hasattr(model.model, "norm")
-        layers = [_pack_layer(layer, arena) for layer in model.model.layers]  # type: ignore[arg-type]
+        self._turns = (torch.empty(0), torch.empty(0))
+        self._head_bytes = 0
+        self.use_layers([_pack_layer(layer, arena) for layer in model.model.layers])  # type: ignore[arg-type]
+        if self._last:
+            self._lm_head = pack_module(model.lm_head, arena)
+            self._head_bytes += self._lm_head.nbytes
+            self._pack_heads(arena)
+
+    def use_layers(self, layers: Sequence[PackedLayer]) -> None:
+        """Have these layers from now on, and a new KVStore, in the place of those of before."""
+        model, config = self._model, self._model.config
+        self.packed_layers = list(layers)
+        self._places: dict[int, tuple[int, int, int, int]] = {}
         self._layers = NativeLayers(
             self._kernels,
             layers,
@@ -72,24 +84,22 @@ class NativeForward:
             embedding=_embedding(model),
             final_norm=model.model.norm.weight if self._last else None,
         )
-        self._places: dict[int, tuple[int, int, int, int]] = {}
-        self._turns = (torch.empty(0), torch.empty(0))
-        self.packed_bytes = sum(layer.nbytes for layer in layers)
-        if self._last:
-            self._lm_head = pack_module(model.lm_head, arena)
-            self.packed_bytes += self._lm_head.nbytes
-            self._pack_heads(arena)
+
+    @property
+    def packed_bytes(self) -> int:
+        """See Forward."""
+        return self._head_bytes + sum(layer.nbytes for layer in self.packed_layers)
 
     def _pack_heads(self, arena: Arena) -> None:
         model, parts = self._model, _NO_PARTS
         self._sequential: SequentialHeads | None = None
         if model.heads.kind == "hydra":
             self._sequential = SequentialHeads(model, self._kernels, self._lm_head, arena)
-            self.packed_bytes += self._sequential.nbytes
+            self._head_bytes += self._sequential.nbytes
         elif model.heads.num_heads:
             parts = _head_parts(model, arena)
             lists = [parts.fc1, parts.fc2, parts.outputs, *parts.blocks]
-            self.packed_bytes += sum(w.nbytes for each in lists for w in each)
+            self._head_bytes += sum(w.nbytes for each in lists for w in each)
         if not parts.outputs:
             parts = replace(parts, outputs=[self._lm_head])
         vocabulary, count = model.config.vocab_size, model.heads.num_heads

@@ -153,6 +153,23 @@ class KVStore:
         self._dtype, self._device = dtype, device
         self._caches: dict[int, KVCache] = {}
 
+    def emptied(self, num_layers: int) -> KVStore:
+        """One like this, with nothing in it, for another number of layers."""
+        _, kv_heads, capacity, head_dim = self._shape
+        return KVStore(
+            num_layers, kv_heads, capacity, head_dim, dtype=self._dtype, device=self._device
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that rows are kept of."""
+        return self._shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Rows of one sequence that fit."""
+        return self._shape[2]
+
     @property
     def capacity(self) -> int:
         """Rows of one sequence that fit."""

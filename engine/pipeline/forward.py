@@ -23,13 +23,15 @@ class Forward(Protocol):
     by_row: bool
     """A row costs the same alone as beside others, or nearly, and comes to the same bits: logits of
     rows that may not be needed are better asked for later."""
-    packed_bytes: int
-    """Of weights that are not among the model's tensors."""
     threads: int
     """CPU threads that it computes with as long as nobody says otherwise."""
 
     def use_threads(self, threads: int) -> None:
         """Compute with fewer threads, or with all again."""
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of weights that are not among the model's tensors."""
 
     @property
     def progress(self) -> int:

@@ -36,6 +36,8 @@ class Kind(IntEnum):
     """Goes round once: what came before was no request's."""
     MEASURE = 6
     """An order to measure stages or links, or an answer to one; see engine/planning/profiler.py."""
+    RESPLIT = 7
+    """Goes round once: all layers are shared out anew, as the numbers say."""
 
 
 class Link:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import msgspec
 import torch.distributed as dist
 
 from engine.checkpoint.tokenizer import ensure_tokenizer
@@ -20,10 +23,11 @@ from engine.pipeline.link import Kind, Link
 from engine.pipeline.memory import kv_rows
 from engine.pipeline.meter import StageMeter
 from engine.pipeline.rehearsal import rehearse
+from engine.pipeline.resplit import change_split, decode_split
 from engine.pipeline.scheduler import Arrived, LinkDown, Scheduler
 from engine.pipeline.stage import Stage, serve
 from engine.pipeline.telemetry import TelemetrySender
-from engine.protocol import EngineReady, Event
+from engine.protocol import EngineReady, Event, StageState
 from engine.text import TextCodec
 
 # Seconds to wait for the receiving thread; it may be in a receive that goes on.
@@ -88,9 +92,23 @@ def _run_other(
     plan: Plan, stage: Stage, link: Link, rank: int, emit: Callable[[Event], None]
 ) -> None:
     world = plan.config.world_size
-    if serve(stage, link, rank, world) is Kind.BEGIN:
-        with _measured(plan, stage, link, rank, emit):
-            serve(stage, link, rank, world)
+    resplit = partial(_resplit, plan, stage, rank, emit)
+    if serve(stage, link, rank, world, resplit) is Kind.BEGIN:
+        with _measured(stage, link, emit):
+            serve(stage, link, rank, world, resplit)
+
+
+def _resplit(
+    plan: Plan, stage: Stage, rank: int, emit: Callable[[Event], None], numbers: Sequence[int]
+) -> None:
+    """Share out the layers anew, as the numbers of a RESPLIT message say, and tell it."""
+    old, (new, slots) = plan.config.stage_num_hidden_layers_list, decode_split(numbers)
+    change_split(stage, rank, old, new, slots)
+    plan.config = msgspec.structs.replace(plan.config, stage_num_hidden_layers_list=new)
+    layers = plan.layers(rank)
+    emit(
+        StageState(phase="ready", first_layer=layers.start, num_layers=len(layers), pid=os.getpid())
+    )
 
 
 def _run_first(
@@ -108,10 +126,11 @@ def _run_first(
         costs = rehearse(stage, link, last, context_length=context, largest=largest)
         drafting.begin(*costs)
         kept.rehearsed = True
-    with (
-        _results_of(stage, link, last, inbox) as room,
-        _measured(plan, stage, link, 0, emit),
-    ):
+
+    def ready() -> None:
+        emit(_ready(plan, stage, codec, drafting.tree.size, scheduler.context_length))
+
+    with _results_of(stage, link, last, inbox) as room, _measured(stage, link, emit):
         scheduler = Scheduler(
             stage,
             link,
@@ -123,8 +142,10 @@ def _run_first(
             inbox=inbox,
             emit=emit,
             tick_s=tick_seconds(plan.config),
+            resplit=partial(_resplit, plan, stage, 0, emit),
+            on_resplit=ready,
         )
-        emit(_ready(plan, stage, codec, drafting.tree.size, scheduler.context_length))
+        ready()
         if (news := drafting.news()) is not None:
             emit(news)
         scheduler.run()
@@ -154,14 +175,12 @@ def _results_of(
         thread.join(RESULTS_END_S)
 
 
-def _measured(
-    plan: Plan, stage: Stage, link: Link | None, rank: int, emit: Callable[[Event], None]
-) -> TelemetrySender:
+def _measured(stage: Stage, link: Link | None, emit: Callable[[Event], None]) -> TelemetrySender:
     """Sends figures while it is open; what came before, such as warming up, is not of the run."""
     stage.meter = StageMeter()
     if link is not None:
         link.meter = stage.meter
-    return TelemetrySender(stage, len(plan.layers(rank)), emit)
+    return TelemetrySender(stage, emit)
 
 
 def load_codec(plan: Plan) -> TextCodec:

@@ -22,6 +22,7 @@ from engine.pipeline.batch import Copy, Entry, Judge, Result, decode_results, en
 from engine.pipeline.flights import Composer, Flight
 from engine.pipeline.link import Kind, Link
 from engine.pipeline.outlines import Outlines
+from engine.pipeline.resplit import encode_split
 from engine.pipeline.rule import accept_rule
 from engine.pipeline.sequence import Fork, Limits, Sequence, never_started
 from engine.pipeline.slots import SlotTable
@@ -38,6 +39,7 @@ from engine.protocol import (
     Measure,
     Profiled,
     Regroup,
+    Resplit,
     Shutdown,
     StepTrace,
     Tokens,
@@ -91,7 +93,10 @@ class Scheduler:
         inbox: queue.SimpleQueue[Any],
         emit: Callable[[Event], None],
         tick_s: float,
+        resplit: Callable[[list[int]], None] = lambda numbers: None,
+        on_resplit: Callable[[], None] = lambda: None,
     ) -> None:
+        """`resplit` shares out this stage's layers anew; `on_resplit` is called when all have."""
         self.stage, self.link, self.codec, self.config = stage, link, codec, config
         self.drafting = drafting
         self.context_length = context_length
@@ -119,6 +124,10 @@ class Scheduler:
         self.resting = True
         self.measuring = False
         self.stopping = False
+        self._share_out, self._on_resplit = resplit, on_resplit
+        self._new_split: tuple[int, ...] | None = None
+        """Waits until nothing is under way, and then for the other stages."""
+        self._sharing = False
 
     def run(self) -> None:
         """Serve until a Shutdown command; stops the other stages too.
@@ -127,9 +136,13 @@ class Scheduler:
         """
         while not self.stopping:
             self._admit()
-            if self.measuring and not (self.running or self.flights or self.tick_out):
-                self._measure()
-            flight = self.composer.next(self.running, self.flights)
+            flight = None
+            if self._new_split is None:
+                if self.measuring and not (self.running or self.flights or self.tick_out):
+                    self._measure()
+                flight = self.composer.next(self.running, self.flights)
+            elif not (self.flights or self.tick_out or self._sharing):
+                self._resplit(self._new_split)
             if flight is not None:
                 self._dispatch(flight)
             self._handle_inbox(wait=flight is None)
@@ -188,6 +201,11 @@ class Scheduler:
                 self._land(self.flights.popleft(), decode_results(numbers))
             case Arrived(kind=Kind.TICK):
                 self.tick_out = False
+            case Arrived(kind=Kind.RESPLIT):
+                self._new_split, self._sharing = None, False
+                self._on_resplit()
+            case Resplit(split=split):
+                self._new_split = split
             case LinkDown(error=error):
                 raise StageLostError(f"rank 0 lost a neighbour: {error}")
             case Generate() | Cancel() if self.outlines.takes(item):
@@ -212,6 +230,24 @@ class Scheduler:
                 return
         if self.waiting.remove(request_id):
             self.emit(never_started(request_id))
+
+    def _resplit(self, split: tuple[int, ...]) -> None:
+        """Have all stages share out the layers anew; the KV rows that matter go along."""
+        if self.link is None:
+            self._new_split = None
+            self._on_resplit()
+            return
+        busy = {s.slot.index: (s.fed, s.keep) for s in self.running}
+        slots = []
+        for slot in self.slots.slots:
+            fed, keep = busy.get(slot.index, (slot.rows, slot.keep))
+            rows = min(max([fed, *(row + 1 for row in keep)]), self.stage.store.capacity)
+            if rows:
+                slots.append((slot.index, rows))
+        self._sharing = True
+        numbers = encode_split(split, slots)
+        self.link.send(1, Kind.RESPLIT, numbers)
+        self._share_out(numbers)
 
     # --- admission -------------------------------------------------------------------------
 

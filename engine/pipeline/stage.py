@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
@@ -145,10 +145,12 @@ def _result(scores: NodeScores) -> Result:
     return Result(accepted.path, accepted.next_token, [])
 
 
-def serve(stage: Stage, link: Link, rank: int, world: int) -> Kind:
+def serve(
+    stage: Stage, link: Link, rank: int, world: int, resplit: Callable[[Sequence[int]], None]
+) -> Kind:
     """The loop of every rank but the first: receive, compute, pass on, until told otherwise.
 
-    Returns what has ended it, BEGIN or STOP.
+    `resplit` shares out the layers anew. Returns what has ended it, BEGIN or STOP.
     """
     after = (rank + 1) % world
     profiler = Profiler(stage, link, rank, world)
@@ -170,6 +172,12 @@ def serve(stage: Stage, link: Link, rank: int, world: int) -> Kind:
             profiler.handle(numbers)
         elif kind is Kind.BEGIN:
             link.send(after, kind, [min(stage.kv_rows or numbers[0], numbers[0])])
+        elif kind is Kind.RESPLIT:
+            if not stage.last:  # rank 0 learns of it when all is done
+                link.send(after, kind, numbers)
+            resplit(numbers)
+            if stage.last:
+                link.send(after, kind)
         else:
             link.send(after, kind)
         if kind is Kind.STOP:

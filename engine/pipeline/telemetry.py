@@ -18,12 +18,9 @@ class TelemetrySender:
     that silence means trouble.
     """
 
-    def __init__(
-        self, stage: Stage, layers: int, emit: Callable[[StageTelemetry | StageSpans], None]
-    ) -> None:
-        self._stage, self._layers, self._emit = stage, layers, emit
+    def __init__(self, stage: Stage, emit: Callable[[StageTelemetry | StageSpans], None]) -> None:
+        self._stage, self._emit = stage, emit
         self._total = memory_total_bytes(stage.device)
-        self._weights = weights_bytes(stage)
         self._name = device_name(stage.device)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="jupiter-telemetry", daemon=True)
@@ -51,13 +48,13 @@ class TelemetrySender:
         stage, meter = self._stage, self._stage.meter
         spent = meter.spent()
         return StageTelemetry(
-            layers=self._layers,
+            layers=stage.store.num_layers,
             device=str(stage.device),
             device_name=self._name,
             memory_bytes=memory_bytes(stage.device),
             memory_kind="device" if stage.device.type == "cuda" else "process",
             memory_total_bytes=self._total,
-            weights_bytes=self._weights,
+            weights_bytes=weights_bytes(stage),
             kv_bytes=stage.store.nbytes,
             busy_s=spent.busy,
             wait_s=spent.wait,

@@ -102,7 +102,7 @@ def test_a_stage_is_heard_while_its_thread_is_held_up(monkeypatch: pytest.Monkey
     heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
     subject = stage()
     threads = set(threading.enumerate())
-    with subject.meter.during("wait"), TelemetrySender(subject, 2, heard.put):
+    with subject.meter.during("wait"), TelemetrySender(subject, heard.put):
         first, second = heard.get(timeout=10), heard.get(timeout=10)
         assert second.wait_s > first.wait_s
         assert second.busy_s == pytest.approx(first.busy_s)

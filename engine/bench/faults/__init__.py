@@ -1,0 +1,1 @@
+"""The fault rig: what goes wrong is drawn from a seed, what comes out is counted."""

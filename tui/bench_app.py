@@ -77,6 +77,10 @@ class Player:
     def cancel(self, request_id: str) -> None:
         """Part of a client; nobody stops this answer."""
 
+    async def resplit(self, config: JupiterConfig) -> EngineReady:
+        """There are no stages to share layers out to."""
+        return await self.start()
+
     def log_path(self, rank: int) -> Path | None:
         """There are no stages."""
         return None

@@ -53,6 +53,7 @@ class Client(Protocol):
     def submit(self, *, prompt: str, params: SamplingParams) -> RequestStream: ...
     def send(self, request: Generate) -> RequestStream: ...
     def cancel(self, request_id: str) -> None: ...
+    async def resplit(self, config: JupiterConfig) -> EngineReady: ...
     def log_path(self, rank: int) -> Path | None: ...
     async def stop(self) -> None: ...
     def kill_now(self) -> None: ...
@@ -222,10 +223,12 @@ class EngineSession:
     async def apply(self, config: JupiterConfig) -> None:
         """Go over to an engine of `config`, or stay with the present one.
 
-        The new config is checked; then running answers are stopped at the end of a step, the
-        engine is replaced, has to make a token, and the answers go on where they were. If the new
-        engine does not come up, the old one is started again, and they go on there. A caller that
-        is cancelled does not end this half done. For another model running answers are stopped.
+        The new config is checked. Where only the split is another, over as many stages, layers
+        move between two steps, and that is all. Else running answers are stopped at the end of a
+        step, the engine is replaced, has to make a token, and the answers go on where they were.
+        If the new engine does not come up, the old one is started again, and they go on there. A
+        caller that is cancelled does not end this half done. For another model running answers are
+        stopped.
 
         Raises:
             ConfigError, CheckpointError: the config does not fit; the engine was not touched.
@@ -242,6 +245,9 @@ class EngineSession:
     async def _apply(self, config: JupiterConfig, before: Snapshot) -> None:
         try:
             await self._check(config, before)
+            if self._moves_only(config):
+                await self._move(config, before)
+                return
             await self._drain(config)
             await self._replace_or_go_back(config)
         except asyncio.CancelledError:
@@ -260,6 +266,31 @@ class EngineSession:
             else:
                 self._change(self.snapshot.settled(before.phase, before.detail))
             raise
+
+    def _moves_only(self, config: JupiterConfig) -> bool:
+        """Whether nothing is new but which of the running stages has which layers."""
+        old = self.config
+        split = config.stage_num_hidden_layers_list
+        return (
+            self.snapshot.ready is not None
+            and not self._dead
+            and config.world_size == old.world_size
+            and config == replace(old, stage_num_hidden_layers_list=split)
+        )
+
+    async def _move(self, config: JupiterConfig, before: Snapshot) -> None:
+        """Have the layers moved that change hands; the answers go on meanwhile."""
+        assert self.client is not None
+        self._tell("moving the layers that change hands")
+        try:
+            await self.client.resplit(config)
+        except EngineError as error:
+            if self._dead:
+                self._give_up(_first_line(error))
+            self._change(self.snapshot.settled(before.phase, before.detail))
+            raise
+        self.config = config
+        self._change(self.snapshot.settled("ready"))
 
     async def _drain(self, config: JupiterConfig) -> None:
         """Stop the answers at the end of a step, then the engine."""

@@ -150,6 +150,30 @@ async def test_a_conversation_goes_on_over_new_splits_and_heads(tmp_path: Path) 
     assert done.metrics.mean_accepted_len > 1
 
 
+async def test_layers_move_between_the_stages_that_run_without_an_answer_noticing(
+    tmp_path: Path,
+) -> None:
+    splits = [[1, 3, 2], [4, 1, 1], [1, 1, 4], [2, 2, 2]]
+    turns = [("count to ten", LONG), ("and now?", SHORT)]
+    drafts = heads(tmp_path / "heads")
+    whole = await undisturbed(tiny([2, 2, 2], **drafts), turns)
+    async with talk(tiny([2, 2, 2], **drafts)) as split:
+        pids = {state.pid for state in split.session.snapshot.stages.values()}
+        async with asyncio.TaskGroup() as group:
+            group.create_task(split.ask(*turns[0]))
+            for number, layers in enumerate(splits):
+                await split.grown(EARLY + number)
+                await split.session.apply(tiny(layers, **drafts))
+        assert {state.pid for state in split.session.snapshot.stages.values()} == pids
+        counts = [split.session.snapshot.stages[rank].num_layers for rank in range(3)]
+        assert counts == splits[-1]
+        await split.ask(*turns[1])
+        assert split.done.cached_tokens > 0  # the rows went along
+    assert [list(name) for name, _ in split.splits] == [[2, 2, 2], *splits]
+    assert split.splits[1][1] < len(whole.answers[0])
+    assert split.answers == whole.answers
+
+
 async def test_a_stage_killed_in_its_start_brings_the_old_split_and_the_answer_back() -> None:
     whole = await undisturbed(tiny([3, 3]), [("count to ten", LONG)])
     async with talk(tiny([3, 3])) as split:

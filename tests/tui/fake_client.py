@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from engine.client import ClientState, Fetching, StateChanged, Update
 from engine.config import JupiterConfig
 from engine.errors import EngineError, JupiterError
@@ -62,6 +64,7 @@ class FakeClient:
         """The requests by which the session checks that this engine makes tokens."""
         self.cancelled: list[str] = []
         self.stops = 0
+        self.moved: JupiterConfig | None = None
         self._gone: EngineError | None = None
         self._streams: list[RequestStream] = []
         self._started: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
@@ -86,6 +89,12 @@ class FakeClient:
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
+
+    async def resplit(self, config: JupiterConfig) -> EngineReady:
+        self.moved = config
+        ready = replace(READY, stages=tuple(config.stage_num_hidden_layers_list))
+        self.event(ready)
+        return ready
 
     async def stop(self) -> None:
         self.stops += 1

@@ -202,6 +202,19 @@ async def test_an_answer_goes_on_where_it_was_on_the_new_engine(bench: Bench) ->
     assert bench.phases[-1] == "ready" and "failed" not in bench.phases
 
 
+async def test_another_split_of_as_many_stages_moves_layers_under_a_running_answer(
+    bench: Bench,
+) -> None:
+    bench.session.ask(QUESTION)
+    moved = replace(CONFIG, stage_num_hidden_layers_list=[12, 18])
+    await bench.session.apply(moved)
+    assert bench.client.moved == moved and bench.session.config == moved
+    assert bench.session.snapshot.split == (12, 18)
+    assert bench.session.snapshot.phase == "ready"
+    # Nothing was stopped for it.
+    assert len(bench.clients) == 1 and not bench.client.cancelled and not bench.client.stops
+
+
 async def test_a_config_that_does_not_fit_leaves_the_engine_as_it_is(bench: Bench) -> None:
     reader = Reader(bench.session.ask(QUESTION))
     begin(bench)

@@ -171,11 +171,6 @@ class KVStore:
         return self._shape[2]
 
     @property
-    def capacity(self) -> int:
-        """Rows of one sequence that fit."""
-        return self._shape[2]
-
-    @property
     def nbytes(self) -> int:
         """Bytes that the caches made so far take when they are full."""
         # Read by the telemetry's thread as well, while a cache may be made.

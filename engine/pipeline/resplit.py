@@ -118,9 +118,7 @@ def _tensors(packed: PackedLayer) -> Iterator[Tensor]:
     for field in fields(packed):
         value = getattr(packed, field.name)
         if isinstance(value, PackedLinear):
-            yield from (
-                t for t in (value.weight, value.scale, value.offset, value.bias) if t is not None
-            )
+            yield from (t for t in (value.weight, value.scale, value.bias) if t is not None)
 
 
 def _parts(stage: Stage) -> list[_Part]:
@@ -147,12 +145,9 @@ def _blank(stage: Stage, like: _Part) -> _Part:
 
 
 def _blank_product(like: PackedLinear) -> PackedLinear:
-    def blank(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.empty_like(tensor)
-
-    scale, offset, bias = (blank(each) for each in (like.scale, like.offset, like.bias))
-    weight = torch.empty_like(like.weight)
-    return PackedLinear(weight, scale, offset, bias, like.n_in, like.n_out, like.block)
+    bias = None if like.bias is None else torch.empty_like(like.bias)
+    weight, scale = torch.empty_like(like.weight), torch.empty_like(like.scale)
+    return PackedLinear(weight, scale, bias, like.n_in, like.n_out, like.block)
 
 
 def _install(stage: Stage, numbers: range, parts: Sequence[_Part]) -> None:

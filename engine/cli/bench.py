@@ -18,6 +18,7 @@ BENCHES = {
     "quality": "engine.bench.quality",
     "soak": "engine.bench.soak",
     "step": "engine.bench.step",
+    "train": "engine.bench.train",
 }
 # A program of its own: the engine imports nothing of the terminal.
 PROGRAMS = {"ui": "tui.bench_ui"}

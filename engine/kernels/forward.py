@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from engine.decoding.tree import Tree
+from engine.decoding.tree import ROOT_ONLY, Tree, with_chain
 from engine.kernels.arena import Arena
 from engine.kernels.build import NoKernelsError
 from engine.kernels.native import (
@@ -24,8 +24,9 @@ from engine.kernels.native import (
     interleave,
     pack,
 )
-from engine.kernels.sequential import SequentialHeads, pack_module, take_weights
+from engine.kernels.packing import pack_module, take_weights
 from engine.model.config import ModelConfig
+from engine.model.head_kinds import tokens_seen
 from engine.model.kv_cache import KVStore
 from engine.model.llama import LlamaDecoderLayer
 from engine.model.medusa import HeadShape, MedusaLlamaForCausalLM, ResBlock, RootBlock
@@ -92,11 +93,7 @@ class NativeForward:
 
     def _pack_heads(self, arena: Arena) -> None:
         model, parts = self._model, _NO_PARTS
-        self._sequential: SequentialHeads | None = None
-        if model.heads.kind == "hydra":
-            self._sequential = SequentialHeads(model, self._kernels, self._lm_head, arena)
-            self._head_bytes += self._sequential.nbytes
-        elif model.heads.num_heads:
+        if model.heads.num_heads:
             parts = _head_parts(model, arena)
             lists = [parts.fc1, parts.fc2, parts.outputs, *parts.blocks]
             self._head_bytes += sum(w.nbytes for each in lists for w in each)
@@ -164,25 +161,31 @@ class NativeForward:
         tree: Tree | None = None,
     ) -> Tensor:
         """As MedusaLlamaForCausalLM.draft."""
-        if self._sequential:
-            return self._sequential.draft(hidden, roots, k, heads, tree)
-        return self._heads.draft(hidden, roots.tolist(), k, self._count(heads))
+        count = self._count(heads)
+        return self._heads.draft(hidden, roots.tolist(), k, count, self._along(count, tree))
 
     def guess(self, head: int, hidden: Tensor, known: Tensor, k: int) -> Tensor:
-        """As MedusaLlamaForCausalLM.guess, of heads that see what was drafted."""
-        assert self._sequential
-        return self._sequential.guess(head, hidden, known, k)
+        """As MedusaLlamaForCausalLM.guess."""
+        n, nodes, _ = known.shape
+        rows = hidden[:, None].expand(n, nodes, -1).flatten(0, 1)
+        seen = known.flatten(0, 1)[:, : tokens_seen(self._model.heads.kind, head)]
+        return self._heads.guess(head, rows, seen, k).view(n, nodes, k)
+
+    def _along(self, count: int, tree: Tree | None) -> Tree | None:
+        """The tree that the heads draft along, where they do."""
+        if self._model.heads.kind != "hydra":
+            return None
+        return tree or with_chain(ROOT_ONLY, count)
 
     def _count(self, heads: int | None) -> int:
         count = self._model.heads.num_heads
         return count if heads is None else min(heads, count)
 
     def judge_greedy(
-        self, trees: Sequence[NodeScores], k: int, heads: int | None
+        self, trees: Sequence[NodeScores], k: int, heads: int | None, along: Tree | None
     ) -> list[Result] | None:
         """See Forward."""
-        if self._sequential:
-            k = 0
+        count = self._count(heads)
         tokens: list[int] = []
         parents: list[int] = []
         for tree in trees:
@@ -196,7 +199,8 @@ class NativeForward:
             parents,
             first_nodes=FIRST_NODES if alone else FIRST_NODES_BESIDE,
             k=k,
-            heads=self._count(heads) if k else 0,
+            heads=count if k else 0,
+            along=self._along(count, along) if k else None,
         )
         return [Result(*each) for each in found]
 

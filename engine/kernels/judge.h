@@ -158,9 +158,9 @@ class Judging {
 };
 
 struct Heads {
-  int32_t hidden, count, blocks;  // blocks: ResBlocks, behind a root block where there is one
+  int32_t hidden, count, blocks;  // blocks: ResBlocks, behind one that sees tokens where there is one
   int32_t width;                  // tokens that are drafted from
-  const Linear* fc1;              // [count] of the root blocks, or null
+  const Linear* fc1;              // [count] of the blocks that see tokens, or null
   const Linear* fc2;              // [count]
   const Linear* linear;           // [blocks][count]
   const Linear* output;           // [count], or one for all
@@ -196,6 +196,14 @@ inline void top_of(const float* row, int width, int k, int32_t* places) {
   }
 }
 
+// The tree that sequential heads draft along: its inner nodes, level by level from the root on.
+struct Along {
+  int32_t levels, nodes;   // nodes: of all levels
+  const int32_t* sizes;    // [levels]
+  const int32_t* parents;  // [nodes] place in the level before
+  const int32_t* ranks;    // [nodes] among the parent's candidates
+};
+
 // All heads at one position of each of n sequences.
 class Draft {
  public:
@@ -208,12 +216,13 @@ class Draft {
     logits_.reset(new float[size_t(count) * n * h_.output->out]);
   }
 
-  // By all threads. ends: normed hidden states [hidden] of each; out: [n][count][k].
-  void run(Pool& pool, int thread, const float* const* ends, const int32_t* roots, int32_t* out) {
+  // By all threads. ends: normed hidden states [hidden] of each; known: the tokens behind each that
+  // the heads see, [n][seen]; out: [n][count][k].
+  void run(Pool& pool, int thread, const float* const* ends, const int32_t* known, int32_t* out) {
     auto end = [&](int, int i) { return ends[i]; };
     auto row = [&](int head, int i) { return x_.data() + at(head, i) * h_.hidden; };
     if (h_.fc1) {
-      root_block(pool, thread, ends, roots);
+      token_block(pool, thread, ends, known);
     } else if (h_.blocks == 0) {
       if (thread == 0)
         for (int i = 0; i < count_ * n_; ++i) copy(ends[i % n_], x_.data() + i * int64_t(h_.hidden));
@@ -275,17 +284,19 @@ class Draft {
     pool.barrier();
   }
 
-  // x = end + fc2(silu(fc1([norm(end); norm(embedding of the root)])))
-  void root_block(Pool& pool, int thread, const float* const* ends, const int32_t* roots) {
-    const int hidden = h_.hidden, inner = h_.fc1->out;
-    std::vector<float> both(size_t(n_) * 2 * hidden), embedded(hidden);
+  // x = end + fc2(silu(fc1([norm(end); norm(embedding of each token)])))
+  void token_block(Pool& pool, int thread, const float* const* ends, const int32_t* known) {
+    const int hidden = h_.hidden, inner = h_.fc1->out, width = h_.fc1->in;
+    std::vector<float> seen(size_t(n_) * width), embedded(hidden);
     for (int i = 0; i < n_; ++i) {
-      float* place = both.data() + int64_t(i) * 2 * hidden;
-      embed(roots[i], embedded.data());
+      float* place = seen.data() + int64_t(i) * width;
       rms_norm(ends[i], nullptr, 1e-6f, hidden, place);
-      rms_norm(embedded.data(), nullptr, 1e-6f, hidden, place + hidden);
+      for (float* end = place + width; (place += hidden) < end;) {
+        embed(*known++, embedded.data());
+        rms_norm(embedded.data(), nullptr, 1e-6f, hidden, place);
+      }
     }
-    products(thread, h_.fc1, [&](int, int i) { return both.data() + int64_t(i) * 2 * hidden; },
+    products(thread, h_.fc1, [&](int, int i) { return seen.data() + int64_t(i) * width; },
              [&](int head, int i, int column, __m512 v) {
                _mm512_storeu_ps(inner_.data() + at(head, i) * inner + column, silu(v));
              });
@@ -311,4 +322,89 @@ class Draft {
   const int count_, n_, k_, threads_;
   std::vector<float> x_, y_, inner_;
   std::unique_ptr<float[]> logits_;
+};
+
+// One of the heads by itself.
+class OneHead {
+ public:
+  OneHead(const Heads& heads, int head) : one_(heads) {
+    for (int block = 0; block < heads.blocks; ++block)
+      linear_.push_back(heads.linear[int64_t(block) * heads.count + head]);
+    one_.count = 1;
+    if (heads.fc1) one_.fc1 += head, one_.fc2 += head;
+    if (heads.own_output) one_.output += head;
+    one_.linear = linear_.data();
+  }
+  OneHead(const OneHead&) = delete;
+  const Heads& heads() const { return one_; }
+
+ private:
+  Heads one_;
+  std::vector<Linear> linear_;
+};
+
+// Sequential heads at one position of each of n sequences: head d at every inner node of depth d,
+// behind the tokens that lead there.
+class DraftAlong {
+ public:
+  DraftAlong(const Heads& heads, const Along& tree, int n, int k, int threads)
+      : tree_(tree), n_(n), k_(k) {
+    for (int depth = 0; depth < tree.levels; ++depth) {
+      const int rows = n * tree.sizes[depth];
+      heads_.emplace_back(new OneHead(heads, depth));
+      levels_.emplace_back(new Level{Draft(heads_.back()->heads(), 1, rows, k, threads)});
+      Level& level = *levels_.back();
+      level.ends.resize(rows);
+      level.known.resize(size_t(rows) * (depth + 1));
+      level.found.resize(size_t(rows) * k);
+    }
+  }
+
+  // By all threads. out: [n][inner nodes][k].
+  void run(Pool& pool, int thread, const float* const* ends, const int32_t* roots, int32_t* out) {
+    const int32_t *parents = tree_.parents, *ranks = tree_.ranks;
+    for (int depth = 0; depth < tree_.levels; ++depth) {
+      Level& level = *levels_[depth];
+      const int size = tree_.sizes[depth];
+      if (thread == 0)
+        for (int i = 0; i < n_; ++i)
+          for (int node = 0; node < size; ++node) {
+            const int row = i * size + node;
+            level.ends[row] = ends[i];
+            int32_t* known = level.known.data() + int64_t(row) * (depth + 1);
+            if (depth == 0) *known = roots[i];
+            else lead(depth, i, parents[node], ranks[node], known);
+          }
+      pool.barrier();
+      level.draft.run(pool, thread, level.ends.data(), level.known.data(), level.found.data());
+      pool.barrier();
+      parents += size, ranks += size;
+    }
+    if (thread == 0) gather(out);
+  }
+
+ private:
+  struct Level {
+    Draft draft;
+    std::vector<const float*> ends;
+    std::vector<int32_t> known, found;
+  };
+  // The tokens behind which a node of this depth drafts: its parent's, and its own.
+  void lead(int depth, int i, int parent, int rank, int32_t* known) const {
+    const Level& before = *levels_[depth - 1];
+    const int64_t row = int64_t(i) * tree_.sizes[depth - 1] + parent;
+    std::copy_n(before.known.data() + row * depth, depth, known);
+    known[depth] = before.found[row * k_ + rank];
+  }
+  void gather(int32_t* out) const {
+    for (int i = 0; i < n_; ++i)
+      for (int depth = 0; depth < tree_.levels; ++depth) {
+        const int64_t share = int64_t(tree_.sizes[depth]) * k_;
+        out = std::copy_n(levels_[depth]->found.data() + i * share, share, out);
+      }
+  }
+  const Along& tree_;
+  const int n_, k_;
+  std::vector<std::unique_ptr<OneHead>> heads_;
+  std::vector<std::unique_ptr<Level>> levels_;
 };

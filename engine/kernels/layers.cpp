@@ -223,6 +223,12 @@ void move_rows(const Model& m, const Entry& e, const int32_t* keep, Span layers)
       }
 }
 
+std::vector<const float*> rows_of(const float* x, int n, int width) {
+  std::vector<const float*> rows;
+  for (int i = 0; i < n; ++i) rows.push_back(x + int64_t(i) * width);
+  return rows;
+}
+
 }  // namespace
 
 extern "C" {
@@ -289,22 +295,19 @@ void jupiter_best(Pool* pool, const Linear* w, const float* x, int rows, int out
   for (int r = 0; r < rows; ++r) best[r] = found.of(r);
 }
 
-// For each row of float [rows][stride] the places of its k largest of `width` values, falling; of
-// equal ones the first comes first.
-void jupiter_top(const float* x, int rows, int width, int stride, int k, int32_t* out) {
-  for (int r = 0; r < rows; ++r) top_of(x + int64_t(r) * stride, width, k, out + int64_t(r) * k);
-}
-
 // Greedy acceptance of the trees of some sequences (engine/decoding/accept.py, `_follow`), and
 // drafting from the node that each ends with where `k` is not 0. x: normed hidden states of all
-// nodes. path: of each tree as many places as it has nodes. drafted: [trees][heads][k].
+// nodes. path: of each tree as many places as it has nodes. drafted: [trees][heads][k], or along a
+// tree, where that is not null, [trees][inner nodes][k].
 void jupiter_judge(Pool* pool, const Linear* lm_head, int vocabulary, const Heads* heads,
-                   int head_count, const float* x, const int32_t* sizes, int trees,
+                   int head_count, const Along* along, const float* x, const int32_t* sizes, int trees,
                    const int32_t* tokens, const int32_t* parents, int first_nodes, int k,
                    int32_t* path, int32_t* lengths, int32_t* next, int32_t* drafted) {
   Judging judging(*lm_head, vocabulary, pool->threads(), x, sizes, trees, tokens, parents, first_nodes);
   std::vector<const float*> ends;
-  Draft draft(*heads, k ? head_count : 0, trees, k, pool->threads());
+  Draft draft(*heads, k && !along ? head_count : 0, trees, k, pool->threads());
+  std::unique_ptr<DraftAlong> sequential;
+  if (k && along) sequential.reset(new DraftAlong(*heads, *along, trees, k, pool->threads()));
   pool->run([&](int thread) {
     judging.run(*pool, thread);
     if (k == 0) return;
@@ -313,17 +316,31 @@ void jupiter_judge(Pool* pool, const Linear* lm_head, int vocabulary, const Head
       judging.results(path, lengths, next);
     }
     pool->barrier();
-    draft.run(*pool, thread, ends.data(), next, drafted);
+    if (sequential) sequential->run(*pool, thread, ends.data(), next, drafted);
+    else draft.run(*pool, thread, ends.data(), next, drafted);
   });
   if (k == 0) judging.results(path, lengths, next);
 }
 
-// Drafting alone: ends float [n][hidden], roots [n] -> drafted [n][heads][k].
-void jupiter_draft(Pool* pool, const Heads* heads, int head_count, const float* ends,
-                   const int32_t* roots, int n, int k, int32_t* drafted) {
-  std::vector<const float*> rows;
-  for (int i = 0; i < n; ++i) rows.push_back(ends + int64_t(i) * heads->hidden);
+// Drafting alone: ends float [n][hidden], roots [n] -> drafted as above.
+void jupiter_draft(Pool* pool, const Heads* heads, int head_count, const Along* along,
+                   const float* ends, const int32_t* roots, int n, int k, int32_t* drafted) {
+  const auto rows = rows_of(ends, n, heads->hidden);
+  if (along) {
+    DraftAlong draft(*heads, *along, n, k, pool->threads());
+    pool->run([&](int thread) { draft.run(*pool, thread, rows.data(), roots, drafted); });
+    return;
+  }
   Draft draft(*heads, head_count, n, k, pool->threads());
   pool->run([&](int thread) { draft.run(*pool, thread, rows.data(), roots, drafted); });
+}
+
+// One head behind given tokens: ends float [n][hidden], known [n][tokens that it sees] -> [n][k].
+void jupiter_guess(Pool* pool, const Heads* heads, int head, const float* ends,
+                   const int32_t* known, int n, int k, int32_t* found) {
+  const auto rows = rows_of(ends, n, heads->hidden);
+  const OneHead one(*heads, head);
+  Draft draft(one.heads(), 1, n, k, pool->threads());
+  pool->run([&](int thread) { draft.run(*pool, thread, rows.data(), known, found); });
 }
 }

@@ -9,10 +9,12 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from engine.decoding.tree import Tree
 from engine.kernels.arena import Arena
 from engine.kernels.build import load_kernels
 from engine.model.hadamard import turn
@@ -53,6 +55,10 @@ class _Heads(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Along(ctypes.Structure):
+    _fields_ = (("levels", I32), ("nodes", I32), ("sizes", P), ("parents", P), ("ranks", P))
+
+
 class EntryRows(ctypes.Structure):
     """Rows of one sequence in a step: `struct Entry` of layers.cpp."""
 
@@ -85,9 +91,9 @@ _ARGUMENTS = {
     "jupiter_layers": (P, P, P, I32, P, I32, P, P, P, P, P, P, I32, P),
     "jupiter_linear": (P, P, P, I32, P, I32),
     "jupiter_best": (P, P, P, I32, I32, P, I32),
-    "jupiter_top": (P, I32, I32, I32, I32, P),
-    "jupiter_judge": (P, P, I32, P, I32, P, P, I32, P, P, I32, I32, P, P, P, P),
-    "jupiter_draft": (P, P, I32, P, P, I32, I32, P),
+    "jupiter_judge": (P, P, I32, P, I32, P, P, P, I32, P, P, I32, I32, P, P, P, P),
+    "jupiter_draft": (P, P, I32, P, P, P, I32, I32, P),
+    "jupiter_guess": (P, P, I32, P, P, I32, I32, P),
 }
 
 
@@ -222,15 +228,6 @@ class Kernels:
         )
         return out
 
-    def top(self, x: Tensor, width: int, k: int) -> Tensor:
-        """Places of the k largest of the first `width` values of each row, int32 [rows, k].
-
-        x: float32 [rows, at least `width`], contiguous.
-        """
-        found = torch.empty(len(x), k, dtype=torch.int32)
-        self.lib.jupiter_top(x.data_ptr(), len(x), width, x.shape[1], k, found.data_ptr())
-        return found
-
 
 class NativeLayers:
     """Some decoder layers, run by one call."""
@@ -358,6 +355,7 @@ class NativeHeads:
         first_nodes: int,
         k: int,
         heads: int,
+        along: Tree | None,
     ) -> list[tuple[list[int], int, list[list[int]]]]:
         """Each tree's accepted path, the token that follows, and k candidates of some heads.
 
@@ -366,31 +364,71 @@ class NativeHeads:
             sizes: nodes of each tree; tokens, parents: of all of them.
             first_nodes: of each tree that are looked at in any case.
             k: 0 for no drafting.
+            along: the tree of sequential heads, which draft at each of its inner nodes.
         """
+        along = along if k else None
+        lists = len(along.inner) if along else heads
         n = len(sizes)
         path, lengths = _numbers([0] * len(tokens)), _numbers([0] * n)
-        after, drafted = _numbers([0] * n), _numbers([0] * (n * heads * k))
+        after, drafted = _numbers([0] * n), _numbers([0] * (n * lists * k))
         numbers = [_numbers(each) for each in (sizes, tokens, parents)]
         self._kernels.lib.jupiter_judge(
             self._kernels.pool, self._at_lm_head, self._vocabulary,
-            self._at_heads, heads, x.data_ptr(), _at(numbers[0]), n,
+            self._at_heads, heads, _along(along), x.data_ptr(), _at(numbers[0]), n,
             _at(numbers[1]), _at(numbers[2]), first_nodes, k,
             _at(path), _at(lengths), _at(after), _at(drafted),
         )  # fmt: skip
         found, at = [], 0
         for i, size in enumerate(sizes):
-            own = drafted[i * heads * k : (i + 1) * heads * k].tolist()
-            candidates = [own[h * k : (h + 1) * k] for h in range(heads)]
+            own = drafted[i * lists * k : (i + 1) * lists * k].tolist()
+            candidates = [own[place * k : (place + 1) * k] for place in range(lists)]
             found.append((path[at : at + lengths[i]].tolist(), after[i], candidates if k else []))
             at += size
         return found
 
-    def draft(self, ends: Tensor, roots: Sequence[int], k: int, heads: int) -> Tensor:
-        """The k likeliest tokens of some heads: float32 [n, hidden] -> int32 [n, heads, k]."""
+    def draft(
+        self, ends: Tensor, roots: Sequence[int], k: int, heads: int, along: Tree | None
+    ) -> Tensor:
+        """The k likeliest tokens of some heads: float32 [n, hidden] -> int32 [n, lists, k].
+
+        There is a list for each head, or of sequential heads for each inner node of `along`.
+        """
+        lists = len(along.inner) if along else heads
         ends, numbers = ends.contiguous(), _numbers(roots)
-        out = torch.empty(len(ends), heads, k, dtype=torch.int32)
+        out = torch.empty(len(ends), lists, k, dtype=torch.int32)
         self._kernels.lib.jupiter_draft(
-            self._kernels.pool, self._at_heads, heads, ends.data_ptr(), _at(numbers),
+            self._kernels.pool, self._at_heads, heads, _along(along), ends.data_ptr(),
+            _at(numbers), len(ends), k, out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def guess(self, head: int, ends: Tensor, known: Tensor, k: int) -> Tensor:
+        """One head's k likeliest tokens behind given ones, int32 [n, k].
+
+        Args:
+            ends: float32 [n, hidden].
+            known: [n, tokens that the head sees].
+        """
+        ends, known = ends.contiguous(), known.int().contiguous()
+        out = torch.empty(len(ends), k, dtype=torch.int32)
+        self._kernels.lib.jupiter_guess(
+            self._kernels.pool, self._at_heads, head, ends.data_ptr(), known.data_ptr(),
             len(ends), k, out.data_ptr(),
         )  # fmt: skip
         return out
+
+
+@lru_cache(maxsize=64)
+def _levels(tree: Tree) -> tuple[_Along, list[array[int]]]:
+    levels = tree.levels
+    arrays = [
+        _numbers([len(level.ranks) for level in levels]),
+        _numbers([parent for level in levels for parent in level.parents]),
+        _numbers([rank for level in levels for rank in level.ranks]),
+    ]
+    return _Along(len(levels), len(tree.inner), *(_at(each) for each in arrays)), arrays
+
+
+def _along(tree: Tree | None) -> int | None:
+    """Where C++ reads the tree, which is kept for some time; null for none."""
+    return None if tree is None else ctypes.addressof(_levels(tree)[0])

@@ -64,9 +64,10 @@ class Forward(Protocol):
         """As MedusaLlamaForCausalLM.guess."""
 
     def judge_greedy(
-        self, trees: Sequence[NodeScores], k: int, heads: int | None
+        self, trees: Sequence[NodeScores], k: int, heads: int | None, along: Tree | None
     ) -> list[Result] | None:
-        """Greedy results of some trees with `k` candidates of each of the first `heads` heads.
+        """Greedy results of some trees with `k` candidates of each of the first `heads` heads,
+        sequential ones along a tree.
 
         Without candidates where `k` is 0, or where drafting is a call of its own; None where this
         is to be done piece by piece.
@@ -141,7 +142,7 @@ class ModuleForward:
         return self._model.guess(head, hidden, known, k)
 
     def judge_greedy(
-        self, trees: Sequence[NodeScores], k: int, heads: int | None
+        self, trees: Sequence[NodeScores], k: int, heads: int | None, along: Tree | None
     ) -> list[Result] | None:
         """See Forward."""
         return None

@@ -110,7 +110,7 @@ class Stage:
         heads = max(wanted) if all(wanted) else None
         results = None
         if all(scores.entry.rule.greedy for scores in judged):
-            results = self.forward.judge_greedy(judged, width, heads)
+            results = self.forward.judge_greedy(judged, width, heads, judged[0].entry.draft_tree)
         if results is None:
             look_ahead(self.forward, judged)
             results = [_result(scores) for scores in judged]

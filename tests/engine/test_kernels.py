@@ -108,3 +108,14 @@ def test_a_row_is_the_same_to_the_bit_whatever_the_memory_held_before() -> None:
         found.append(stage.run([entry], None))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_threads_that_come_and_go_change_nothing() -> None:
+    kernels = Kernels(3)
+    torch.manual_seed(0)
+    product = pack(torch.randint(-127, 128, (96, 64), dtype=torch.int8), torch.rand(96))
+    x = torch.randn(7, 64)
+    expected = kernels.linear(product, x)
+    for threads in (1, 3, 2, 1, 1, 3, 9) * 20:
+        kernels.use(threads)
+        assert torch.equal(kernels.linear(product, x), expected)

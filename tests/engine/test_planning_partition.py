@@ -35,7 +35,7 @@ def sizes(layers: int, draw: random.Random) -> ModelSizes:
         num_heads=1,
         tied=False,
         quantized=False,
-        root_heads=False,
+        token_heads=False,
         kv_layer=draw.randint(0, 20),
         activations=draw.randint(0, 30),
         judging=draw.randint(0, 30),

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.dcp import DcpReader
-from engine.checkpoint.mcore import McoreReader
+from engine.checkpoint.mcore import place
+from engine.checkpoint.mcore_names import model_tensors, split
 from engine.model.config import ModelConfig
 from engine.training.args import Command, parse_arguments
 from engine.training.checkpoint import find
@@ -89,11 +91,18 @@ def tensors(run: Path, kind: str, model: Path, names: Iterable[str]) -> dict[str
     Read as `jupiter export` reads them, by Hugging Face's names.
     """
     prefix = f"optimizer.state.{kind}." if kind else ""
+    names = list(names)
     heads = [name for name in names if name.startswith("medusa_head.")]
     base = [name for name in names if name not in heads]
     file = DcpReader(find(run))
     found = {name: file.box(prefix + name) for name in heads}
-    if base:
-        reader = McoreReader(find(run), ModelConfig.from_folder(model))
-        found |= reader.stage(base, prefix=prefix)
-    return found
+    config = ModelConfig.from_folder(model)
+    for tensor in model_tensors(config):
+        if not base or set(tensor.parts).isdisjoint(base):
+            continue
+        joined = torch.empty(tensor.shape, dtype=file.dtype(prefix + tensor.key))
+        chunks = place(tensor, joined, config)
+        file.read([replace(chunk, key=prefix + chunk.key) for chunk in chunks])
+        parts = split(tensor, joined, config.head_dim, config.num_key_value_heads)
+        found |= zip(tensor.parts, parts, strict=True)
+    return {name: found[name] for name in names}

@@ -114,6 +114,7 @@ class Link:
             parts = [out.part(0, self.first_bytes if self._nccl else HEADER_BYTES)]
             parts.append(out.part(HEADER_BYTES, size))
         self._sending[turn] = [_group().send([self._on_wire(part)], to, 0) for part in parts]
+        self.meter.moved += 1
 
     def receive(
         self, source: int, meter: StageMeter | None = None
@@ -127,6 +128,7 @@ class Link:
         receive). Raises RuntimeError when the peer is gone or the group's timeout has passed.
         """
         self._receive(source, 0, self.first_bytes)
+        self.meter.moved += 1
         kind, count, rows, _ = self._incoming.numbers(0, HEADER_LENGTH)
         with nullcontext() if meter is None else meter.during("link"):
             split = HEADER_BYTES + 8 * count

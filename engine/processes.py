@@ -56,9 +56,12 @@ class ProcessHandle:
             pass
 
     def close(self) -> None:
-        """Give the descriptor back; the handle is of no use afterwards."""
-        if self.fd is not None:
-            os.close(self.fd)
+        """Give the descriptor back; the handle is of no use afterwards. Idempotent: a number that
+        was closed twice would be somebody else's the second time.
+        """
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
 
 
 def first_gone(handles: Sequence[ProcessHandle], timeout_s: float | None = None) -> int | None:

@@ -66,6 +66,8 @@ class SpeedStore:
         self._kind: tuple[object, ...] = ()
         self._records: dict[int, _StageRecord] = {}
         self._finished: Finished | None = None
+        self._moved = False
+        """Layers have changed hands in this launch: counters go on from before."""
         self._before: Measured = Measured()
         """From the engine before this one."""
 
@@ -75,24 +77,39 @@ class SpeedStore:
             return
         if update.epoch != self._epoch:
             self._before, self._epoch = self.measured(), update.epoch
-            self._records, self._finished = {}, None
+            self._records, self._finished, self._moved = {}, None, False
         match update.body:
             case EngineReady() as ready:
                 tree = "tuned" if ready.tree_tuned else ready.tree_size
                 kind = (ready.model, ready.dtype, ready.medusa_num_heads, tree)
                 if kind != self._kind:
                     self._kind, self._before = kind, Measured()
+                split = dict(enumerate(ready.stages))
+                if any(r.latest.layers != split.get(rank) for rank, r in self._records.items()):
+                    self._begin_split()
             case StageTelemetry() as telemetry:
-                record = self._records.get(update.rank)
-                if record is None:
-                    self._records[update.rank] = _StageRecord(telemetry)
-                else:
-                    record.take(telemetry)
+                self._take(update.rank, telemetry)
             case Started():
                 for record in self._records.values():
                     record.mark = record.latest
             case Finished() as finished if finished.metrics.tokens_per_s:
                 self._finished = finished
+
+    def _take(self, rank: int, telemetry: StageTelemetry) -> None:
+        record = self._records.get(rank)
+        if record is not None and record.latest.layers != telemetry.layers:
+            self._begin_split()
+            record = None
+        if record is None:
+            mark = telemetry if self._moved else None
+            self._records[rank] = _StageRecord(telemetry, mark)
+        else:
+            record.take(telemetry)
+
+    def _begin_split(self) -> None:
+        """Layers have moved between the running stages: what was measured was of another split."""
+        self._before = self.measured()
+        self._records, self._finished, self._moved = {}, None, True
 
     def live(self) -> LiveFigures:
         """What is measured of the engine that runs now."""

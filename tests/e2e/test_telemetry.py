@@ -243,7 +243,8 @@ def test_an_engine_that_cannot_be_brought_back_ends_it_with_one_line_of_why(fold
         psutil.Process(pid).kill()
         process.stdout.read()
         complaint = process.stderr.read()
-        assert process.wait(10) == 2
+        # By whose word comes first: that of the stage which finds no model, or its end.
+        assert process.wait(10) in (2, 3)
     assert str(model) in complaint and "Traceback" not in complaint
 
 

@@ -113,7 +113,8 @@ def test_a_row_is_the_same_to_the_bit_whatever_the_memory_held_before() -> None:
 def test_threads_that_come_and_go_change_nothing() -> None:
     kernels = Kernels(3)
     torch.manual_seed(0)
-    product = pack(torch.randint(-127, 128, (96, 64), dtype=torch.int8), torch.rand(96))
+    weight, scale = torch.randint(-127, 128, (96, 64), dtype=torch.int8), torch.rand(96)
+    product = pack(weight, scale, arena=Arena())
     x = torch.randn(7, 64)
     expected = kernels.linear(product, x)
     for threads in (1, 3, 2, 1, 1, 3, 9) * 20:

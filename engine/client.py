@@ -17,6 +17,9 @@ from engine.crew import VERDICT_S, Crew, wait
 from engine.errors import EngineError, ExitCode
 from engine.launch import Command
 from engine.logs import rank_log, torchrun_log, with_last_lines
+from engine.nodes.gathering import gather, lost_machine
+from engine.nodes.hub import Hub
+from engine.nodes.seats import Seat
 from engine.open_requests import OpenRequests
 from engine.paths import state_dir
 from engine.prepare import prepare_model
@@ -78,6 +81,7 @@ class EngineClient:
             rank, or CLIENT_RANK (-1) for a Notice of the client itself.
         silence_s: a start fails when for so many seconds no worker says anything.
         command: builds the command line that starts the workers; torchrun's without it.
+        hub: has the other machines that the stages are spread over; this one alone without it.
         attempts: how often in a row, without a token in between, a lost stage is replaced; 0 for
             an engine that dies with its first stage.
     """
@@ -90,6 +94,7 @@ class EngineClient:
         silence_s: float = 120.0,
         command: Command | None = None,
         attempts: int = ATTEMPTS,
+        hub: Hub | None = None,
     ) -> None:
         self.config = config
         """Of the run; a split that is to be planned is, once it is ready."""
@@ -99,6 +104,9 @@ class EngineClient:
         self._listener = listener
         self._silence_s = silence_s
         self._command = command
+        self._hub = hub
+        self._machines: list[Seat] = []
+        """The other machines that take part."""
         self._attempts = Attempts(attempts)
         self._watchdog = Watchdog(config.world_size)
         self._dropped_before = 0
@@ -177,6 +185,9 @@ class EngineClient:
             from engine.planning.auto import planned  # it starts clients itself
 
             self.config = await planned(self.config, self._folder, self._say)
+        if self._hub is not None:
+            self._hub.follow(self._on_node_lost)
+            self._machines = await gather(self._hub, self.config, self._folder, self._say)
         self._launch()
         return await self._wait_ready()
 
@@ -184,7 +195,8 @@ class EngineClient:
         """Start the processes, in the place of those that there may be."""
         self._dismiss()
         epoch = self._next_epoch()
-        self._crew = Crew(self.config, self._folder, epoch, self._command, self._on_batch)
+        nodes = (self._hub, self._machines) if self._hub is not None else None
+        self._crew = Crew(self.config, self._folder, epoch, self._command, self._on_batch, nodes)
         self.log_dir = self._crew.launch.log_dir
         self._beat()
 
@@ -238,13 +250,13 @@ class EngineClient:
         finally:
             self._release(EngineError(str(error) if error else "the engine was stopped"))
 
-    async def _die(self) -> None:
+    async def _die(self, hang: Hang | None) -> None:
         """A process of the engine has ended unasked: find out why, end the others, say so."""
-        error = EngineError("the engine died")
+        error = EngineError(hang.cause if hang else "the engine died")
         try:
             self._set_state(ClientState.DRAINING)
             assert self._crew is not None
-            error = await self._crew.verdict(DEATH_VERDICT_S)
+            error = error if hang else await self._crew.verdict(DEATH_VERDICT_S)
         finally:
             self._release(error)
 
@@ -280,12 +292,14 @@ class EngineClient:
         elif was_up and self._attempts.limit:
             self._recovering = asyncio.create_task(self._recover(hang))
         else:
-            self._ending = asyncio.create_task(self._die())
+            self._ending = asyncio.create_task(self._die(hang))
 
     async def _recover(self, hang: Hang | None) -> None:
         """Have what was lost replaced, until all works again or there is no more hope."""
         assert self._crew is not None
-        if hang is not None and hang.rank is None:
+        if self._hub is not None and (cause := await lost_machine(self._hub, self._machines)):
+            hang = Hang(None, cause)
+        elif hang is not None and hang.rank is None:
             await asyncio.sleep(GRACE_S)
             hang = None if self._crew.post_mortem.any_gone() else hang
         error = EngineError(hang.cause) if hang else await self._crew.verdict(VERDICT_S)
@@ -303,6 +317,7 @@ class EngineClient:
                 self._set_state(ClientState.RECOVERING, what)
                 await asyncio.sleep(delay)
                 try:
+                    await self._wait_for_machines()
                     await self._bring_back(hang.rank if hang else None, self._attempts.made)
                     return
                 except EngineError as problem:
@@ -312,6 +327,28 @@ class EngineClient:
         except Exception as problem:
             error = EngineError(f"{type(problem).__name__} while recovering: {problem}")
         self._ending = asyncio.create_task(self._give_up(error))
+
+    async def _wait_for_machines(self) -> None:
+        """The stages of a machine that has left wait until it is back."""
+        if self._hub is None:
+            return
+        said: list[str] = []
+
+        def say(line: str) -> None:
+            said.append(line)
+            self._set_state(ClientState.RECOVERING, line)
+
+        self._machines = await gather(
+            self._hub, self.config, self._folder, say, [seat.number for seat in self._machines]
+        )
+        if said:
+            self._set_state(ClientState.RECOVERING, "recovering: all machines are here again")
+
+    def _on_node_lost(self, number: int, cause: str) -> None:
+        """Another machine has left, or cannot go on."""
+        if self._crew is not None and any(seat.number == number for seat in self._machines):
+            self._crew.node_lost(number)
+            self._on_loss(Hang(None, cause))
 
     async def _give_up(self, error: EngineError) -> None:
         self._release(error)

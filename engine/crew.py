@@ -11,8 +11,11 @@ from pathlib import Path
 from engine.config import JupiterConfig
 from engine.errors import EngineError
 from engine.launch import Command, Launch
+from engine.nodes.hub import Hub
+from engine.nodes.seats import Seat
+from engine.nodes.spread import SpreadLaunch
 from engine.post_mortem import PostMortem
-from engine.protocol import Regroup, Shutdown
+from engine.protocol import NODE_PIDS, Regroup, Shutdown
 from engine.queue_client import Item, QueueClient
 
 # Seconds that a stop waits for the workers to leave, and then for torchrun to end them.
@@ -26,6 +29,8 @@ REGROUP_S = 1.0
 VERDICT_S = 0.5
 # Seconds until a new worker in the place of a lost one has to have said its first word.
 REPLACE_S = 10.0
+# The same where another machine has to load torch before.
+START_S = 90.0
 
 
 class Crew:
@@ -37,6 +42,7 @@ class Crew:
         epoch: number of the launch; see `regroup`.
         command: builds the command line that starts the workers; torchrun's without it.
         on_batch: called on the event loop with what the workers sent, and who ended.
+        nodes: the hub and the seats of the other machines, where there are several.
 
     Raises EngineError when they cannot be started.
     """
@@ -48,9 +54,14 @@ class Crew:
         epoch: int,
         command: Command | None,
         on_batch: Callable[[list[Item]], None],
+        nodes: tuple[Hub, list[Seat]] | None = None,
     ) -> None:
         self.epoch = epoch
-        self.launch = Launch(config, model_folder, epoch, command)
+        self.launch = (
+            SpreadLaunch(*nodes, config, model_folder, epoch, command)
+            if nodes
+            else Launch(config, model_folder, epoch, command)
+        )
         self.post_mortem = PostMortem(self.launch.log_dir, epoch)
         self.torchrun_gone = asyncio.Event()
         self.workers_gone = asyncio.Event()
@@ -92,6 +103,14 @@ class Crew:
             self.workers_gone.set()
         return missed
 
+    def node_lost(self, number: int) -> None:
+        """Another machine has left, and all its workers with it."""
+        for pid in self.post_mortem.living():
+            if pid // NODE_PIDS == number:
+                self.post_mortem.forget(pid)
+        self._broken = True
+        self._spoke.set()
+
     async def verdict(self, seconds: float) -> EngineError:
         """Why a process has ended; waits for up to `seconds` until that is clear."""
         await until(lambda: self.torchrun_gone.is_set() or self.post_mortem.clear(), seconds)
@@ -113,7 +132,7 @@ class Crew:
         spared = {pid for pid, rank in living.items() if spare and rank not in lost}
         store = self.launch.run_dir.store(epoch)
         self.queue.publish(Regroup(epoch=epoch, store=str(store)))
-        self.launch.replace(set(range(self._world)) - {living[pid] for pid in spared}, epoch)
+        anew = self.launch.replace(set(range(self._world)) - {living[pid] for pid in spared}, epoch)
         self.epoch = epoch
         self.queue.change_epoch(epoch)
         self._reported.clear()
@@ -129,7 +148,7 @@ class Crew:
         here = self.post_mortem.living
         if not await self._until_spoke(
             lambda: len({here()[pid] for pid in self._reported & here().keys()}) == self._world,
-            REPLACE_S,
+            START_S if anew else REPLACE_S,
         ):
             if self._broken:
                 raise await self.verdict(VERDICT_S)

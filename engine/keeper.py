@@ -28,8 +28,8 @@ def keep(run_dir: Path, work: Callable[[Run], int]) -> int:
     This process starts no thread before it forks. It ends when the client or torchrun does.
     Returns its exit code.
     """
-    rank = int(os.environ["RANK"])
     run = read_run(run_dir)
+    rank = run.first_rank + int(os.environ["RANK"])
     try:
         owners = [ProcessHandle(run.client_pid), ProcessHandle(os.getppid())]
         if run.client_pid not in [process.pid for process in psutil.Process().parents()]:

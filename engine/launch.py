@@ -42,12 +42,26 @@ class Launch:
         model_folder: the Hugging Face-style folder of the base model.
         epoch: number of this launch, stamped on every message.
         command: builds the command line that starts the workers.
+        ranks: those that are started on this machine; all of them without it.
+        interface: the network interface by which the stages talk.
+        spread: other ranks are on other machines.
     """
 
     def __init__(
-        self, config: JupiterConfig, model_folder: Path, epoch: int, command: Command | None = None
+        self,
+        config: JupiterConfig,
+        model_folder: Path,
+        epoch: int,
+        command: Command | None = None,
+        *,
+        ranks: range | None = None,
+        interface: str = LOOPBACK,
+        spread: bool = False,
     ) -> None:
         self.config = config
+        self.ranks = range(config.world_size) if ranks is None else ranks
+        self.interface = interface
+        self._spread = spread
         self.model_folder = model_folder
         self.epoch = epoch
         self.log_dir = new_log_dir()
@@ -72,22 +86,34 @@ class Launch:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=worker_environment(self.config),
+                    env=worker_environment(self.config, self.interface),
                     start_new_session=True,
                 )
         except OSError as error:
             raise EngineError(f"the workers cannot be started: {error}") from None
         return self.process.pid
 
-    def replace(self, ranks: Iterable[int], epoch: int) -> None:
+    def replace(self, ranks: Iterable[int], epoch: int) -> bool:
         """Have another worker started for each of `ranks` as soon as it has none; from now on they
         belong to `epoch`.
 
-        Raises EngineError when that cannot be written.
+        Returns whether that takes as long as a start. Raises EngineError when it cannot be written.
         """
         self.epoch = epoch
         for rank in ranks:
             self._wanted[rank] += 1
+        self._write()
+        return False
+
+    def change(self, config: JupiterConfig, epoch: int, wanted: Iterable[int]) -> None:
+        """What workers are told that start from now on, as another machine has it.
+
+        Raises EngineError when it cannot be written.
+        """
+        self.config, self.epoch, self._wanted = config, epoch, list(wanted)
+        self._write()
+
+    def _write(self) -> None:
         try:
             self.run_dir.write_run(self._run())
         except OSError as error:
@@ -104,6 +130,8 @@ class Launch:
             store=str(self.run_dir.store(self.epoch)),
             config=json_decode(config_json(self.config)),
             workers=tuple(self._wanted),
+            first_rank=self.ranks.start,
+            exchange=self.run_dir.exchange if self._spread else "",
         )
 
     def exit_code(self) -> int | None:
@@ -164,7 +192,7 @@ def torchrun_command(launch: Launch, worker: tuple[str, ...] = WORKER) -> list[s
     return [
         sys.executable, "-m", "engine.owned", str(os.getpid()), "torch.distributed.run",
         "--nnodes", "1",
-        "--nproc-per-node", str(launch.config.world_size),
+        "--nproc-per-node", str(len(launch.ranks)),
         "--max-restarts", "0",
         "--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S),
         "--rdzv-backend", "c10d",
@@ -179,8 +207,10 @@ def torchrun_command(launch: Launch, worker: tuple[str, ...] = WORKER) -> list[s
     # fmt: on
 
 
-def worker_environment(config: JupiterConfig) -> dict[str, str]:
+def worker_environment(config: JupiterConfig, interface: str = LOOPBACK) -> dict[str, str]:
     """The environment of torchrun and its workers; what the user has set goes first.
+
+    Stages talk over the network interface `interface`.
 
     A waiting stage must not spin: it would take the cores from the one that works. With one
     sequence in flight only one stage computes at a time, so each may use all cores.
@@ -190,8 +220,8 @@ def worker_environment(config: JupiterConfig) -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",
         "GOMP_SPINCOUNT": "0",
         "KMP_BLOCKTIME": "0",
-        "GLOO_SOCKET_IFNAME": LOOPBACK,
-        "NCCL_SOCKET_IFNAME": LOOPBACK,
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": interface,
     }
     fixed = {
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

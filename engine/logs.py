@@ -57,6 +57,11 @@ def rank_log(log_dir: Path, rank: int) -> Path | None:
     return next(iter(log_dir.glob(f"*/attempt_0/{rank}/stderr.log")), None)
 
 
+def node_log(log_dir: Path, rank: int) -> Path:
+    """Where the log of a rank on another machine is gathered; `rank_log` finds it."""
+    return log_dir / "nodes" / "attempt_0" / str(rank) / "stderr.log"
+
+
 def tail(path: Path | None, lines: int = 10) -> list[str]:
     """The last lines of a log that are not blank; none where there is no log."""
     try:

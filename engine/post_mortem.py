@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.errors import EngineError, ExitCode
 from engine.logs import describe_exit, exit_codes, rank_log, tail, torchrun_log, with_last_lines
-from engine.protocol import WorkerError
+from engine.protocol import NODE_PIDS, WorkerError
 
 # torchrun's words when it was itself told to end.
 _GOT_SIGNAL = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
@@ -155,4 +155,9 @@ class PostMortem:
         how = describe_exit(codes[rank][1]) if rank in codes else "ended"
         pid = codes[rank][0] if rank in codes else pids[rank]
         log = rank_log(self._log_dir, rank)
-        return EngineError(with_last_lines(f"rank {rank} (process {pid}) {how}", log))
+        return EngineError(with_last_lines(f"rank {rank} ({_process(pid)}) {how}", log))
+
+
+def _process(pid: int) -> str:
+    node, own = divmod(pid, NODE_PIDS)
+    return f"process {own} on node {node}" if node else f"process {pid}"

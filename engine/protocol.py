@@ -13,6 +13,8 @@ import msgspec
 from engine.planning.profiles import Profile
 
 PROTOCOL_VERSION = 1
+NODE_PIDS = 10_000_000
+"""A process on node n is known by its pid there + n times this; pids are smaller."""
 TELEMETRY_INTERVAL_S = 0.5
 """Seconds between two StageTelemetry of a stage that is ready, busy or not."""
 
@@ -134,6 +136,9 @@ class StageState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     done: int = 0
     total: int = 0
     pid: int = 0
+    """On another machine the process's there + node × 10 million; see `node`."""
+    node: str = ""
+    """The name of the machine, where it is another than the client's."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -391,6 +396,12 @@ class Notice(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class ProcessEnded(msgspec.Struct, frozen=True, tag=True):
+    """A worker on another machine has ended; from the hub."""
+
+    pid: int
+
+
 class WorkerError(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The worker's last words: it exits with `exit_code` after this."""
 
@@ -412,6 +423,7 @@ Event = (
     | TrainingStarted
     | TrainingStep
     | Notice
+    | ProcessEnded
     | WorkerError
 )
 

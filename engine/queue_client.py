@@ -20,10 +20,12 @@ from engine.endpoint import waiting_frames
 from engine.errors import EngineError
 from engine.processes import POLL_S, ProcessHandle
 from engine.protocol import (
+    NODE_PIDS,
     PROTOCOL_VERSION,
     Command,
     CommandEnvelope,
     EventEnvelope,
+    ProcessEnded,
     StageState,
     decode_event,
     encode,
@@ -163,6 +165,9 @@ class QueueClient:
         items: list[Item] = []
         for frame in waiting_frames(self._pull):
             envelope = decode_event(frame)
+            if envelope is not None and isinstance(envelope.body, ProcessEnded):
+                items.append(Gone(envelope.body.pid))
+                continue
             if envelope is not None and self._first_epoch <= envelope.epoch < self._epoch:
                 continue
             if (
@@ -173,7 +178,7 @@ class QueueClient:
                 self._dropped.count += 1
                 continue
             items.append(envelope)
-            if isinstance(envelope.body, StageState) and envelope.body.pid > 0:
+            if isinstance(envelope.body, StageState) and 0 < envelope.body.pid < NODE_PIDS:
                 items += self._watch(envelope.body.pid)
         return items
 

@@ -39,6 +39,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, object]
     workers: tuple[int, ...]
     """Of each rank, the number of workers that were wanted for it so far."""
+    first_rank: int = 0
+    """Of those on this machine."""
+    exchange: str = ""
+    """Where the stages of several machines find each other, in the place of the FileStore."""
 
 
 def read_run(run_dir: Path) -> Run:
@@ -66,6 +70,11 @@ class RunDir:
     def commands(self) -> str:
         """Address of the client's PUB socket."""
         return f"ipc://{self.path / 'commands'}"
+
+    @property
+    def exchange(self) -> str:
+        """Address of the socket at which stages ask for each other."""
+        return f"ipc://{self.path / 'exchange'}"
 
     @property
     def run_file(self) -> Path:

@@ -30,7 +30,8 @@ def main(run_dir: str) -> int:
     if not hasattr(os, "pidfd_open"):  # where torch does not survive a fork: no quick recovery
         return work(read_run(folder))
     run = read_run(folder)
-    endpoint = Endpoint(run.events, run.commands, rank=int(os.environ["RANK"]), epoch=run.epoch)
+    rank = run.first_rank + int(os.environ["RANK"])
+    endpoint = Endpoint(run.events, run.commands, rank=rank, epoch=run.epoch)
     endpoint.send(StageState(phase="starting"))
     endpoint.close()  # its threads must not be there when the worker is forked
     _load_torch()
@@ -46,7 +47,8 @@ def _load_torch() -> None:
 def work(run: Run) -> int:
     """Be the worker of this process's rank; returns its exit code."""
     watch_owners(run.client_pid)
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    rank = run.first_rank + int(os.environ["RANK"])
     endpoint = Endpoint(run.events, run.commands, rank=rank, epoch=run.epoch)
     try:
         endpoint.send(StageState(phase="starting", pid=os.getpid()))
@@ -84,7 +86,7 @@ def _serve(config: JupiterConfig, run: Run, rank: int, local_rank: int, endpoint
     import torch
 
     from engine.pipeline.build import build_stage, choose_device, make_plan, will_compile
-    from engine.pipeline.group import choose_backend, join_by_file, leave
+    from engine.pipeline.group import choose_backend, join_over, leave, store_of
     from engine.pipeline.run import Kept, run_rank
 
     if config.num_threads is not None:
@@ -112,7 +114,8 @@ def _serve(config: JupiterConfig, run: Run, rank: int, local_rank: int, endpoint
     while True:
         if config.world_size > 1:
             state("connecting")
-            join_by_file(Path(store), rank, config.world_size, backend, config)
+            met = store_of(Path(store), run.exchange, config)
+            join_over(met, rank, config.world_size, backend, config)
         state("ready")
         try:
             run_rank(plan, stage, rank, inbox=endpoint.inbox, emit=endpoint.send, kept=kept)

@@ -35,6 +35,7 @@ from tui.telemetry import TelemetryStore
 from tui.themes import ANSI_DARK, THEMES, colours, default_theme, partner
 
 if TYPE_CHECKING:
+    from engine.nodes.hub import Hub
     from tui.screens.chat import ChatScreen
 
 
@@ -97,15 +98,16 @@ class JupiterApp(App[int]):
         make_client: ClientFactory | None = None,
         *,
         config_given: str | None = None,
+        hub: Hub | None = None,
     ) -> None:
-        """`config_given` is the path of `--config`, if there was one."""
+        """`config_given` is the path of `--config`, if there was one; `hub` has other machines."""
         plain = "NO_COLOR" in os.environ or colours(os.environ) == 0
         if plain:
             os.environ["NO_COLOR"] = "1"  # Textual looks here, and for shades of grey if not ANSI
         super().__init__(ansi_color=True if plain else None)
         self.config_given = config_given
         self.set_keymap(checked_keymap(config.keymap))
-        self.session = EngineSession(config, self.post_message, make_client)
+        self.session = EngineSession(config, self.post_message, make_client, hub)
         self.telemetry = TelemetryStore(time.monotonic)
         self.session.add_listener(self.telemetry.on_update)
         self.speeds = SpeedStore()

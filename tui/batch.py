@@ -19,13 +19,14 @@ from engine.client import ClientState, EngineClient, StateChanged, Update
 from engine.config import JupiterConfig
 from engine.decoding.outline import Parts
 from engine.errors import EngineError, ExitCode, JupiterError
+from engine.nodes.hub import Hub
 from engine.protocol import EngineReady, Failed, Finished, Tokens
 from tui.batch_input import BatchInputError, BatchRequest, parse_requests
 from tui.batch_lines import Plan, answer_line, failure_line, plan_resume
 from tui.batch_output import BatchOutput, ReaderGoneError
 from tui.progress import Reporter, Tally, make_reporter
 from tui.signals import ended_by_signals
-from tui.telemetry_json import TelemetryLines
+from tui.telemetry_json import TelemetryLines, invite
 
 QUEUE_AHEAD = 4
 """Requests that wait in the engine, so that a place that falls free is taken at once."""
@@ -37,7 +38,7 @@ class _EnoughError(Exception):
     """As many lines have failed as --max-failures allows."""
 
 
-def main(args: argparse.Namespace, config: JupiterConfig) -> int:
+def main(args: argparse.Namespace, config: JupiterConfig, hub: Hub | None = None) -> int:
     """Run a batch; returns the exit code (see ExitCode and docs/batch.md).
 
     Args:
@@ -45,6 +46,7 @@ def main(args: argparse.Namespace, config: JupiterConfig) -> int:
             `max_failures` (or None), `max_num_seqs` (or None for the config's), and those of
             `tui.telemetry_json`: with `telemetry_json` its lines go to standard output meanwhile.
         config: the run.
+        hub: has the other machines, if there are any.
     """
     if args.max_num_seqs is not None:
         config = msgspec.structs.replace(config, max_num_seqs=args.max_num_seqs)
@@ -57,7 +59,8 @@ def main(args: argparse.Namespace, config: JupiterConfig) -> int:
             for line in plan.strangers:
                 reporter.warn(f"{output.name}: {line.custom_id!r} is not in the input; kept")
             telemetry = TelemetryLines.wanted(args, reporter)
-            batch = Batch(config, plan, output, reporter, args.max_failures, telemetry)
+            batch = Batch(config, plan, output, reporter, args.max_failures, telemetry, hub)
+            invite(hub, reporter)
             batch.tally.skipped = len(requests) - len(plan.todo)
             return batch.run()
     except KeyboardInterrupt:
@@ -103,6 +106,7 @@ class Batch:
         reporter: Reporter,
         max_failures: int | None = None,
         telemetry: TelemetryLines | None = None,
+        hub: Hub | None = None,
     ) -> None:
         self.tally = Tally(todo=len(plan.todo))
         self._config = config
@@ -111,6 +115,7 @@ class Batch:
         self._reporter = reporter
         self._max_failures = max_failures
         self._telemetry = telemetry
+        self._hub = hub
         self._began = False
         self._death = ""
 
@@ -158,7 +163,7 @@ class Batch:
 
     async def _serve(self) -> int | None:
         """Work until all is done; the signal that ended it before, if one did."""
-        client = EngineClient(self._config, listener=self._on_update)
+        client = EngineClient(self._config, listener=self._on_update, hub=self._hub)
         work = asyncio.create_task(self._answer_all(client))
         with ended_by_signals(work, client, self._reporter) as caught:
             try:

@@ -6,10 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NoReturn
 
 from engine.config import JupiterConfig, load_config
 from engine.errors import ExitCode, JupiterError
+
+if TYPE_CHECKING:
+    from engine.nodes.hub import Hub
 
 BATCH_ONLY = ("output", "resume", "progress", "max_failures", "max_num_seqs")
 TELEMETRY_ONLY = ("telemetry_interval", "telemetry_lines")
@@ -24,15 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(
             args.config, stages=args.stages, assignments=assignments(args), no_heads=args.no_heads
         )
-        if args.batch is not None:
-            from tui import batch
+        with other_machines(args, config) as hub:
+            if args.batch is not None:
+                from tui import batch
 
-            return batch.main(args, config)
-        if args.telemetry_json:
-            from tui import telemetry_json
+                return batch.main(args, config, hub)
+            if args.telemetry_json:
+                from tui import telemetry_json
 
-            return telemetry_json.main(args, config)
-        return interactive(config, args.config)
+                return telemetry_json.main(args, config, hub)
+            return interactive(config, args.config, hub)
     except JupiterError as error:
         print(f"jupiter-tui: {error}", file=sys.stderr)
         return error.exit_code
@@ -69,6 +74,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="overrides a key of the config; may be repeated",
     )
     run.add_argument("--no-heads", action="store_true", help="decode without Medusa heads")
+    run.add_argument(
+        "--nnodes",
+        metavar="N",
+        type=positive,
+        help="spread the stages over N machines, this one included; needs --listen",
+    )
+    run.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        help="an address of this machine where the others join; the command for them is shown",
+    )
     batch = parser.add_argument_group("batch")
     batch.add_argument(
         "--batch", metavar="INPUT", help="answer these JSONL prompts; - reads standard input"
@@ -100,6 +116,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with exit code 2 and one line where flags or the terminal do not fit together."""
+    if (args.nnodes or 1) > 1 and args.listen is None:
+        parser.error("--nnodes needs --listen HOST:PORT, where the other machines join")
+    if args.listen is not None and (args.nnodes or 1) == 1:
+        parser.error("--listen needs --nnodes N, with N from 2")
     for name in TELEMETRY_ONLY:
         if getattr(args, name) is not None and not args.telemetry_json:
             parser.error(f"--{name.replace('_', '-')} needs --telemetry-json")
@@ -112,6 +132,23 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for name in BATCH_ONLY:
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} needs --batch INPUT")
+
+
+def other_machines(
+    args: argparse.Namespace, config: JupiterConfig
+) -> AbstractContextManager[Hub | None]:
+    """Where the other machines of `--nnodes` join; None for this one alone.
+
+    Raises ConfigError.
+    """
+    if args.listen is None:
+        return nullcontext()
+    from engine.nodes.address import parse_address
+    from engine.nodes.gathering import check_spread
+    from engine.nodes.hub import LISTEN, Hub
+
+    check_spread(config, args.nnodes)
+    return Hub(parse_address(args.listen, LISTEN), args.nnodes)
 
 
 def assignments(args: argparse.Namespace) -> list[str]:
@@ -139,8 +176,13 @@ def seconds(text: str) -> float:
     return value
 
 
-def interactive(config: JupiterConfig, config_given: str | None = None) -> int:
-    """Open the workbench on this terminal; returns the exit code."""
+def interactive(
+    config: JupiterConfig, config_given: str | None = None, hub: Hub | None = None
+) -> int:
+    """Open the workbench on this terminal; returns the exit code.
+
+    `hub` has the other machines, if there are any.
+    """
     streams = (sys.stdin, sys.stdout, sys.stderr)
     # textual-serve shows the workbench in a browser: it names a driver of its own, and no terminal.
     if "TEXTUAL_DRIVER" not in os.environ and not all(stream.isatty() for stream in streams):
@@ -151,7 +193,7 @@ def interactive(config: JupiterConfig, config_given: str | None = None) -> int:
         return ExitCode.BAD_INPUT
     from tui.terminal import run
 
-    return run(config, config_given)
+    return run(config, config_given, hub=hub)
 
 
 class OneLineParser(argparse.ArgumentParser):

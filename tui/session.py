@@ -36,6 +36,7 @@ from tui.snapshot import Snapshot, fold
 
 if TYPE_CHECKING:
     from engine.client import Update
+    from engine.nodes.hub import Hub
 
 # A stage may have a long chunk to finish before it stops; tokens of later are computed again.
 DRAIN_S = 10.0
@@ -73,6 +74,7 @@ class EngineSession:
         config: JupiterConfig,
         post: Callable[[UiMessage], object],
         make_client: ClientFactory | None = None,
+        hub: Hub | None = None,
     ) -> None:
         self.config = config
         """Of the engine that runs, or that would be started anew."""
@@ -82,6 +84,7 @@ class EngineSession:
         self.client: Client | None = None
         self._post = post
         self._make_client = make_client
+        self._hub = hub
         self._engines = 0
         self._listeners: list[Callable[[Update], None]] = []
         self._asked = 0
@@ -129,7 +132,7 @@ class EngineSession:
         """Put an engine of `config` in the place of the one there is; raises JupiterError."""
         if self._make_client is None:
             # In a thread: the client's imports take about 0.1 s, and the user may be typing.
-            self._make_client = await asyncio.to_thread(_real_client)
+            self._make_client = await asyncio.to_thread(_real_client, self._hub)
         if self.client is not None:
             await self.client.stop()
         if self._stopped():
@@ -368,6 +371,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _real_client() -> ClientFactory:
+def _real_client(hub: Hub | None) -> ClientFactory:
     client = importlib.import_module("engine.client")
-    return lambda config, listener: client.EngineClient(config, listener=listener)
+    return lambda config, listener: client.EngineClient(config, listener=listener, hub=hub)

@@ -16,6 +16,7 @@ from typing import Any
 from engine.client import ClientState, EngineClient, StateChanged, Update
 from engine.config import JupiterConfig
 from engine.errors import EngineError, ExitCode, JupiterError
+from engine.nodes.hub import Hub
 from engine.protocol import TreeChosen, TreeOption
 from tui.batch_output import BatchOutput, ReaderGoneError
 from tui.progress import Reporter, make_reporter
@@ -29,17 +30,19 @@ READER_GONE = 128 + signal.SIGPIPE
 """What a shell reports of any program that writes to a pipe which nobody reads."""
 
 
-def main(args: argparse.Namespace, config: JupiterConfig) -> int:
+def main(args: argparse.Namespace, config: JupiterConfig, hub: Hub | None = None) -> int:
     """Start the engine of `config` and print lines until told to end; returns the exit code.
 
     Args:
         args: `telemetry_json`, `telemetry_interval` (seconds, or None for INTERVAL_S),
             `telemetry_lines` (or None for no end).
         config: the run.
+        hub: has the other machines, if there are any.
     """
     reporter = make_reporter("auto", answers_on_terminal=True)
     try:
-        caught = asyncio.run(_watch(args, config, reporter))
+        invite(hub, reporter)
+        caught = asyncio.run(_watch(args, config, reporter, hub))
     except ReaderGoneError:
         return READER_GONE
     except KeyboardInterrupt:
@@ -50,7 +53,16 @@ def main(args: argparse.Namespace, config: JupiterConfig) -> int:
     return ExitCode.OK if caught is None else 128 + caught
 
 
-async def _watch(args: argparse.Namespace, config: JupiterConfig, reporter: Reporter) -> int | None:
+def invite(hub: Hub | None, reporter: Reporter) -> None:
+    """Say how other machines join, where some are to."""
+    if hub is not None:
+        others = "machine" if hub.machines == 2 else "machines"
+        reporter.warn(f"on the other {others} run: {hub.invitation}")
+
+
+async def _watch(
+    args: argparse.Namespace, config: JupiterConfig, reporter: Reporter, hub: Hub | None
+) -> int | None:
     """Print until all lines are out; the signal that ended it before, if one did."""
     lines = TelemetryLines(args.telemetry_interval or INTERVAL_S, args.telemetry_lines, reporter)
     died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -62,7 +74,7 @@ async def _watch(args: argparse.Namespace, config: JupiterConfig, reporter: Repo
             case StateChanged(state=ClientState.DEAD, reason=reason) if not died.done():
                 died.set_result(reason)
 
-    client = EngineClient(config, listener=listen)
+    client = EngineClient(config, listener=listen, hub=hub)
 
     async def work() -> None:
         await client.start()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from engine.config import JupiterConfig
 
 if TYPE_CHECKING:
+    from engine.nodes.hub import Hub
     from tui.app import JupiterApp
     from tui.session import ClientFactory
 
@@ -35,17 +36,18 @@ def run(
     config: JupiterConfig,
     config_given: str | None = None,
     make_client: ClientFactory | None = None,
+    hub: Hub | None = None,
 ) -> int:
     """Open the workbench and run it to its end; no engine process is left afterwards.
 
     `config_given` is the path of `--config`, if there was one; `make_client` puts another engine
-    in the place of the real one. Returns the exit code. Raises the JupiterError of a start that no
-    key could have mended.
+    in the place of the real one; `hub` has the other machines, if there are any. Returns the exit
+    code. Raises the JupiterError of a start that no key could have mended.
     """
     with _guard():
         from tui.app import JupiterApp
 
-        app = JupiterApp(config, make_client, config_given=config_given)
+        app = JupiterApp(config, make_client, config_given=config_given, hub=hub)
         loop = asyncio.new_event_loop()
         try:
             code = loop.run_until_complete(_live(app))

@@ -14,6 +14,7 @@ COMMANDS = {
     "export": "convert between Hugging Face folders and Megatron-Core checkpoints",
     "fetch": "bring a model into the cache and print its folder",
     "infer": "answer questions with a model folder or a training checkpoint",
+    "join": "compute stages on this machine for a `jupiter-tui --nnodes` on another",
     "medusa": "train Medusa heads (also: `medusa generate`, `medusa eval`)",
     "merge": "write base model and Medusa heads as one Hugging Face folder",
     "plan": "measure stages and links, and choose split and chunks",

@@ -1,4 +1,4 @@
-"""Joining the process group, over a file on one machine or an init_method given by hand."""
+"""Joining the process group: over a file, over the queue, or an init_method given by hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from engine.config import JupiterConfig
 from engine.errors import ConfigError, EngineError
+from engine.pipeline.exchange import QueueStore
 
 # How long a stage waits for the others to load; a dead one is noticed by its parent, not here.
 PATIENCE = timedelta(days=1)
@@ -52,13 +54,20 @@ def stages_here(config: JupiterConfig) -> int:
     return config.world_size if host in LOOPBACK else 1
 
 
-def join_by_file(
-    store_path: Path, rank: int, world: int, backend: str, config: JupiterConfig
-) -> None:
-    """Join over a FileStore, once all ranks have loaded; nothing listens beyond loopback."""
-    store = dist.FileStore(  # type: ignore[attr-defined]
-        str(store_path), world
-    )
+def store_of(path: Path, exchange: str, config: JupiterConfig) -> Any:
+    """The store of a process group: in a file, or on several machines at `exchange`.
+
+    Either opens no port.
+    """
+    if not exchange:
+        return dist.FileStore(  # type: ignore[attr-defined]
+            str(path), config.world_size
+        )
+    return QueueStore(exchange, f"{path.name}/", group_timeout(config))
+
+
+def join_over(store: Any, rank: int, world: int, backend: str, config: JupiterConfig) -> None:
+    """Join over a store, once all ranks have loaded."""
     store.set(f"ready/{rank}", "1")
     store.wait([f"ready/{r}" for r in range(world)], PATIENCE)
     dist.init_process_group(

@@ -1,0 +1,445 @@
+"""The first machine's end: keeps the others' seats, and passes on what they and the client say.
+
+One thread owns all sockets. The only one that listens beyond this machine is CURVE's, on the
+address that was asked for; whoever has no key of the join token gets no answer there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from engine.endpoint import waiting_frames
+from engine.errors import ConfigError, EngineError
+from engine.nodes.address import Address, own_interface
+from engine.nodes.attached import Attached
+from engine.nodes.messages import (
+    BEAT_S,
+    LOST_S,
+    MAX_BYTES,
+    VERSION,
+    Answered,
+    Asked,
+    Beat,
+    Begin,
+    Change,
+    Doing,
+    End,
+    Ended,
+    Exit,
+    Failed,
+    Goodbye,
+    Join,
+    Leave,
+    Logged,
+    Part,
+    Prepare,
+    Prepared,
+    Queued,
+    Refused,
+    Rejoin,
+    ToFirst,
+    ToNode,
+    Wanted,
+    decode_to_first,
+    encode,
+    release,
+)
+from engine.nodes.messages import Seat as SeatTaken
+from engine.nodes.seats import Seat, choose
+from engine.nodes.token import new_token
+from engine.nodes.weights import Artifact, read_part
+
+HANDSHAKE_MS = 5000
+LINGER_MS = 300
+SLEPT_S = 1.0
+"""A look round that comes so late tells that it was this process that stood still."""
+LISTEN = "--listen"
+
+Lost = Callable[[int, str], None]
+
+
+class Hub:
+    """Where the other machines of a run join; lives as long as the run, over all its engines.
+
+    Args:
+        address: to listen on.
+        machines: of the run, this one included.
+
+    Raises ConfigError, in one line, when the address is not this machine's or cannot be had.
+    """
+
+    def __init__(self, address: Address, machines: int) -> None:
+        self.address = address
+        self.interface = own_interface(address, LISTEN)
+        self.machines = machines
+        self.seats = [Seat(number) for number in range(1, machines)]
+        """Changed by the hub's thread only."""
+        token, server_secret = new_token()
+        self.invitation = f"jupiter join {address.text} --token {token.text()}"
+        """The command for the other machines."""
+        self._prepare: Prepare | None = None
+        self._sources: tuple[list[Path], list[Path]] = ([], [])
+        self._attached: Attached | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed = asyncio.Event()
+        self._on_lost: Lost | None = None
+        self._looked = time.monotonic()
+        self._context = zmq.Context()
+        self._auth = ThreadAuthenticator(self._context)
+        self._auth.start()
+        self._auth.configure_curve_callback(credentials_provider=_Only(token.client_keys[0]))
+        self._router = self._bind(server_secret, token.server_key)
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe()
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._wake_read, zmq.POLLIN)
+        self._closing = self._closed = False
+        self._thread = threading.Thread(target=self._run, name="jupiter-hub", daemon=True)
+        self._thread.start()
+
+    def _bind(self, secret: bytes, public: bytes) -> zmq.Socket[bytes]:
+        router = self._context.socket(zmq.ROUTER)
+        router.curve_server = True
+        router.curve_secretkey, router.curve_publickey = secret, public
+        router.set_hwm(0)  # a machine that does not take what it is sent has soon lost its seat
+        router.ipv6 = ":" in self.address.ip
+        router.handshake_ivl = HANDSHAKE_MS
+        router.heartbeat_ivl, router.heartbeat_timeout = 1000, 3000
+        router.maxmsgsize = MAX_BYTES
+        router.router_handover = False
+        try:
+            router.bind(self.address.endpoint)
+        except zmq.ZMQError as error:
+            self._auth.stop()
+            self._context.destroy(linger=0)
+            raise ConfigError(
+                f"{LISTEN} {self.address.text}: cannot listen there: {error.strerror}"
+            ) from None
+        return router
+
+    def __enter__(self) -> Hub:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Tell the others that the run is over, and close; idempotent."""
+        if self._closed:
+            return
+        self._call(self._say_goodbye)
+        self._closed = True
+        self._thread.join()
+        self._auth.stop()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        self._context.term()
+
+    # --- for the client, on its loop -------------------------------------------------------------
+
+    def follow(self, on_lost: Lost | None) -> None:
+        """From now on have `on_lost(number, why)` called on this loop when a machine that works
+        leaves, or cannot go on."""
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._on_lost = on_lost
+
+    async def gather(
+        self,
+        model: tuple[Artifact, list[Path]],
+        heads: tuple[Artifact, list[Path]] | None,
+        others: int,
+        say: Callable[[str], None],
+        seats: Collection[int] = (),
+    ) -> list[Seat]:
+        """Wait until so many other machines are here and have the files of model and heads.
+
+        Args:
+            model, heads: as `engine.nodes.weights.describe` gives them.
+            others: machines, without this one.
+            seats: numbers of those that it has to be, if any have.
+            say: gets what is waited for, whenever that is something else.
+
+        Returns their seats. Raises EngineError when one that has worked before cannot have them.
+        """
+        number = (self._prepare.number if self._prepare else 0) + 1
+        same = self._prepare is not None and (self._prepare.model, self._prepare.heads) == (
+            model[0],
+            heads[0] if heads else None,
+        )
+        if not same:
+            prepare = Prepare(number, model[0], heads[0] if heads else None)
+            self._sources = (model[1], heads[1] if heads else [])
+            self._prepare = prepare
+            for seat in self.seats:
+                seat.why = "" if seat.taken else seat.why
+            self._call(lambda: self._send_to_all(prepare))
+        assert self._prepare is not None
+        said = ""
+        while True:
+            self._changed.clear()
+            able = [seat for seat in self.seats if seat.prepared == self._prepare.number]
+            ready = [seat for seat in able if not seats or seat.number in seats]
+            if len(ready) >= others:
+                return ready[:others]
+            for seat in self.seats:
+                if seat.taken and seat.why:
+                    raise EngineError(f"{seat.title()}: {seat.why}")
+            if (text := self._waiting()) != said:
+                said = text
+                say(text)
+            await self._changed.wait()
+
+    def _waiting(self) -> str:
+        parts = [seat.doing for seat in self.seats if seat.taken and seat.doing]
+        missing = [seat.missing() for seat in self.seats if not seat.taken]
+        if missing:
+            parts += [*missing, f"run there: {self.invitation}"]
+        return "; ".join(parts) or "waiting for the other machines"
+
+    async def steady(self) -> None:
+        """Wait until it is clear of every machine whether it is there."""
+        while not all(seat.steady() for seat in self.seats):
+            await asyncio.sleep(BEAT_S / 5)
+
+    # --- for the launch, from any thread ---------------------------------------------------------
+
+    def attach(self, attached: Attached) -> None:
+        """Pass on the frames of this launch from now on."""
+        self._call(lambda: self._attach(attached))
+
+    def detach(self, attached: Attached) -> None:
+        """Have the other machines end the workers of this launch; idempotent."""
+        self._call(lambda: self._detach(attached))
+
+    def begin(self, number: int, begin: Begin) -> None:
+        """Have a machine start its workers, or where they run tell it what is new."""
+        self._call(lambda: self._begin(self.seats[number - 1], begin))
+
+    def post(self, number: int, message: ToNode) -> None:
+        """Send something to a machine, if it is there."""
+        self._call(lambda: self._send(self.seats[number - 1], message))
+
+    def _call(self, call: Callable[[], None]) -> None:
+        if self._closed:
+            return
+        self._calls.put(call)
+        os.write(self._wake_write, b"\0")
+
+    # --- on the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._look()
+        except Exception as error:
+            self._closing = True
+            self._tell_lost(0, f"{type(error).__name__} in the hub: {error}")
+        finally:
+            if self._attached is not None:
+                self._attached.close(self._poller)
+            self._router.close(linger=LINGER_MS)
+
+    def _look(self) -> None:
+        ready = dict(self._poller.poll(int(BEAT_S * 1000)))
+        if self._wake_read in ready:
+            os.read(self._wake_read, 1)
+            self._calls.get()()
+        if self._router in ready:
+            for _ in range(256):
+                try:
+                    identity, frame = self._router.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                except ValueError:  # not two frames: no client of ours
+                    continue
+                self._take(identity, frame)
+        attached = self._attached
+        if attached is not None:
+            if attached.commands in ready:
+                for frame in waiting_frames(attached.commands):
+                    self._send_to_begun(Queued(frame))
+            if attached.exchange in ready:
+                self._answer(attached.asked_here())
+        self._beat()
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        late = now - self._looked
+        if late < BEAT_S:
+            return
+        self._looked = now
+        for seat in self.seats:
+            if late > SLEPT_S:
+                seat.heard = now
+            if seat.taken and seat.silent_s() > LOST_S:
+                self._lose(seat, f"has been silent for {seat.silent_s():.1f} s")
+            self._send(seat, Beat())
+
+    def _send(self, seat: Seat, message: ToNode) -> None:
+        if seat.taken:
+            self._reply(seat.identity, message)
+
+    def _reply(self, identity: bytes, message: ToNode) -> None:
+        with suppress(zmq.ZMQError):
+            self._router.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+
+    def _send_to_all(self, message: ToNode) -> None:
+        for seat in self.seats:
+            self._send(seat, message)
+
+    def _send_to_begun(self, message: ToNode) -> None:
+        for seat in self.seats:
+            if seat.begun:
+                self._send(seat, message)
+
+    def _take(self, identity: bytes, frame: bytes) -> None:
+        message = decode_to_first(frame)
+        seat = next((seat for seat in self.seats if seat.identity == identity), None)
+        if isinstance(message, Join):
+            if seat is None:
+                self._seat(message, identity)
+        elif seat is None:
+            self._reply(identity, Rejoin())
+        else:
+            seat.heard = time.monotonic()
+            self._handle(seat, message)
+
+    def _seat(self, join: Join, identity: bytes) -> None:
+        if (join.version, join.release) != (VERSION, release()):
+            reason = f"the first machine runs release {release()}, this one {join.release}"
+            self._reply(identity, Refused(reason, passing=False))
+            return
+        seat = choose(self.seats, join)
+        if seat is None:
+            reason = f"all {self.machines} machines are here already"
+            self._reply(identity, Refused(reason, passing=True))
+            return
+        if seat.taken:
+            self._lose(seat, "has lost its connection")
+        seat.take(join, identity)
+        self._send(seat, SeatTaken(seat.number, self.machines))
+        if self._prepare is not None:
+            self._send(seat, self._prepare)
+        self._notify()
+
+    def _handle(self, seat: Seat, message: ToFirst | None) -> None:
+        attached = self._attached
+        match message:
+            case Doing(text):
+                seat.doing = f"{seat.title()}: {text}"
+                self._notify()
+            case Prepared(number):
+                seat.prepared, seat.doing = number, ""
+                self._notify()
+            case Wanted():
+                self._send_part(seat, message)
+            case Failed():
+                self._failed(seat, message)
+            case Leave():
+                self._lose(seat, "was stopped")
+            case _ if attached is None or not seat.begun:
+                return
+            case Queued(frame):
+                attached.event(frame)
+            case Ended(pid):
+                attached.ended(seat.number, pid)
+            case Exit():
+                attached.exited(seat.number, message)
+            case Logged(rank, data) if rank in seat.ranks:
+                attached.log(rank, data)
+            case Asked(asker, frame):
+                self._answer(attached.asked((seat.identity, asker), frame))
+
+    def _answer(self, answers: list[tuple[tuple[bytes, bytes], bytes]]) -> None:
+        for (identity, asker), frame in answers:
+            if identity:
+                self._reply(identity, Answered(asker, frame))
+            elif self._attached is not None:
+                self._attached.answer_here(asker, frame)
+
+    def _send_part(self, seat: Seat, wanted: Wanted) -> None:
+        try:
+            path = self._sources[wanted.heads][wanted.file]
+            data = read_part(path, wanted.offset)
+        except (IndexError, OSError):
+            data = b""
+        self._send(seat, Part(data))
+
+    def _failed(self, seat: Seat, failed: Failed) -> None:
+        if failed.leaves:
+            self._lose(seat, f"was of no use: {failed.message}")
+        elif seat.begun:
+            seat.begun = False
+            self._tell_lost(seat.number, f"{seat.title()}: {failed.message}")
+        else:
+            seat.why = failed.message
+            self._notify()
+
+    def _lose(self, seat: Seat, why: str) -> None:
+        worked = seat.begun
+        seat.leave(why)
+        if worked:
+            self._tell_lost(seat.number, f"{seat.title()} {why}")
+        self._notify()
+
+    def _tell_lost(self, number: int, why: str) -> None:
+        on_lost = self._on_lost
+        if self._loop is not None and on_lost is not None:
+            with suppress(RuntimeError):  # the loop has closed
+                self._loop.call_soon_threadsafe(on_lost, number, why)
+
+    def _notify(self) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._changed.set)
+
+    def _begin(self, seat: Seat, begin: Begin) -> None:
+        if seat.begun:
+            change = Change(epoch=begin.epoch, workers=begin.workers, config=begin.config)
+            self._send(seat, change)
+        elif seat.taken:
+            seat.begun = True
+            seat.ranks = range(begin.first_rank, begin.first_rank + begin.ranks)
+            self._send(seat, begin)
+
+    def _attach(self, attached: Attached) -> None:
+        if self._attached is not None:
+            self._detach(self._attached)
+        attached.open(self._context, self._poller)
+        self._attached = attached
+
+    def _detach(self, attached: Attached) -> None:
+        if self._attached is not attached:
+            return
+        self._send_to_begun(End())
+        for seat in self.seats:
+            seat.begun = False
+        attached.close(self._poller)
+        self._attached = None
+
+    def _say_goodbye(self) -> None:
+        self._send_to_all(Goodbye())
+        self._closing = True
+
+
+class _Only:
+    """Lets in who has the join token's key."""
+
+    def __init__(self, public: bytes) -> None:
+        self._public = public
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """As ZeroMQ's authenticator asks."""
+        return key == self._public

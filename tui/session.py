@@ -371,6 +371,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _real_client(hub: Hub | None) -> ClientFactory:
+def _real_client(hub: Hub | None = None) -> ClientFactory:
     client = importlib.import_module("engine.client")
     return lambda config, listener: client.EngineClient(config, listener=listener, hub=hub)

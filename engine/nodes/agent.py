@@ -48,7 +48,7 @@ from engine.nodes.preparation import Preparation
 from engine.nodes.token import JoinToken
 
 ASK_EVERY_S = 0.5
-FULL_S = 5.0
+FULL_S = 3.0
 """A seat falls free a moment after its machine has left."""
 SLOW_S = 3.0
 LINGER_MS = 500
@@ -199,10 +199,11 @@ class Agent:
 
     def _lose(self, why: str) -> None:
         """The seat is gone: all ends here, and another is asked for."""
-        self._say(f"{why}; the workers here end, and it is waited for")
+        self._say(f"{why}; its stages here end, and it is waited for")
         self._number = None
         self._began = time.monotonic()
-        self._end()
+        if self._local is not None:
+            self._local.pause()
         self._poller.unregister(self._line.socket)
         self._line.close()
         self._line = self._dial()
@@ -255,11 +256,14 @@ class Agent:
     # --- the workers -----------------------------------------------------------------------------
 
     def _begin(self, begin: Begin) -> None:
-        self._end()
         if self._preparation is None or self._number is None:
             return
         model, heads = self._preparation.paths()
         try:
+            if self._local is not None and self._local.resumes(begin, model, heads):
+                self._say("running again")
+                return
+            self._end()
             self._local = Local(
                 begin,
                 model,

@@ -51,7 +51,8 @@ class Local:
         poller: zmq.Poller,
         command: Command | None = None,
     ) -> None:
-        self._heads = heads
+        self._model, self._heads = model, heads
+        self._wanted = begin.workers
         self._number, self._name = node
         self._poller = poller
         self._watched: dict[int, ProcessHandle] = {}
@@ -105,9 +106,27 @@ class Local:
         with suppress(zmq.ZMQError):
             self._exchange.send_multipart([answered.asker, answered.frame], zmq.NOBLOCK)
 
-    def change(self, change: Change) -> None:
+    def change(self, change: Change | Begin) -> None:
         """What workers that start from now on are told; raises EngineError."""
+        self._wanted = change.workers
         self._launch.change(self._config(change.config), change.epoch, change.workers)
+
+    def pause(self) -> None:
+        """End the workers; what has torch loaded stays for a while, so that they are soon back."""
+        self._launch.add_descendants()
+        for pid in list(self._watched):
+            self._forget(pid)
+            self._launch.kill_worker(pid)
+
+    def resumes(self, begin: Begin, model: Path, heads: Path | None) -> bool:
+        """Have the workers back that were paused; False where these are others."""
+        ranks = range(begin.first_rank, begin.first_rank + begin.ranks)
+        same = (ranks, model, heads) == (self._launch.ranks, self._model, self._heads)
+        # A keeper starts another worker when a higher number of them is wanted.
+        if not same or any(begin.workers[rank] <= self._wanted[rank] for rank in ranks):
+            return False
+        self.change(begin)
+        return True
 
     def kill(self, pid: int) -> None:
         """End one worker."""

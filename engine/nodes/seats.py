@@ -44,7 +44,8 @@ class Seat:
         self.name, self.instance, self.identity = join.name, join.instance, identity
         self.heard = time.monotonic()
         self.left_at = None
-        self.doing = self.why = ""
+        self.why = ""
+        self.doing = f"{self.title()} has joined"
         self.prepared = 0
         self.begun = False
 

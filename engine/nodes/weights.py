@@ -14,7 +14,7 @@ import msgspec
 from engine.checkpoint.head_layouts import head_weights
 from engine.checkpoint.mcore_files import is_mcore
 from engine.checkpoint.sources import parse_source, resolve_cached
-from engine.checkpoint.weight_files import WEIGHT_FILES, find_weights
+from engine.checkpoint.weight_files import TOKENIZER_FILES, WEIGHT_FILES, find_weights
 from engine.errors import CheckpointError
 from engine.paths import cache_dir, make_private, state_dir
 
@@ -67,7 +67,9 @@ def _read_by_stages(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     weights = head_weights(path)
-    named = [path / CONFIG, *(path / name for name in WEIGHT_FILES if name.endswith(".json"))]
+    index = [name for name in WEIGHT_FILES if name.endswith(".json")]
+    whole = [each for each in TOKENIZER_FILES if all((path / name).is_file() for name in each)]
+    named = [path / name for name in (CONFIG, *index, *(whole[0] if whole else ()))]
     return [*find_weights(weights).files, *(file for file in named if file.is_file())]
 
 

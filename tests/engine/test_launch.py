@@ -202,6 +202,8 @@ def test_workers_are_told_what_they_need(launch: Launch, tmp_path: Path) -> None
         "log_dir": str(launch.log_dir),
         "store": str(launch.run_dir.path / "store-5"),
         "workers": [1] * launch.config.world_size,
+        "first_rank": 0,
+        "exchange": "",
     }
 
 

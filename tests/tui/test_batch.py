@@ -58,7 +58,9 @@ class Engine:
     made: list[Engine]
     start_error: JupiterError | None = None
 
-    def __init__(self, config: JupiterConfig, *, listener: Callable[[Update], None]) -> None:
+    def __init__(
+        self, config: JupiterConfig, *, listener: Callable[[Update], None], hub: None = None
+    ) -> None:
         self.config = config
         self.tell = listener
         self.asked: list[tuple[str, SamplingParams]] = []

@@ -21,7 +21,8 @@ def parse(*words: str) -> argparse.Namespace:
 def test_a_batch_is_handed_its_flags_and_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[tuple[argparse.Namespace, JupiterConfig]] = []
 
-    def take(args: argparse.Namespace, config: JupiterConfig) -> int:
+    def take(args: argparse.Namespace, config: JupiterConfig, hub: object) -> int:
+        assert hub is None
         handed.append((args, config))
         return 1
 
@@ -52,6 +53,8 @@ def test_the_originals_name_of_the_config_flag_means_the_same() -> None:
     ("words", "told"),
     [
         (["--resume"], "--resume needs --batch"),
+        (["--nnodes", "2"], "--nnodes needs --listen HOST:PORT"),
+        (["--listen", "127.0.0.1:1"], "--listen needs --nnodes N"),
         (["-o", "x"], "--output needs --batch"),
         (["--progress", "none"], "--progress needs --batch"),
         (["--max-num-seqs", "2"], "--max-num-seqs needs --batch"),

@@ -26,7 +26,7 @@ def missing() -> str:
             return f"'{program}' is not installed (packages iproute2 and util-linux)"
     trial = "mount -t tmpfs tmpfs /run && ip netns add try0 && ip link add name try0 type bridge"
     done = subprocess.run(
-        [*_unshare(), "sh", "-c", trial], capture_output=True, text=True, check=False
+        [*unshare(), "sh", "-c", trial], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
@@ -40,12 +40,13 @@ def enter(words: Sequence[str]) -> None:
         return
     # `unshare` becomes the program that it starts, so the process id stays.
     os.environ[INSIDE] = str(os.getpid())
-    command = [*_unshare(), sys.executable, "-m", "engine.cli.main", *words]
+    command = [*unshare(), sys.executable, "-m", "engine.cli.main", *words]
     sys.stdout.flush()
     os.execvp(command[0], command)
 
 
-def _unshare() -> list[str]:
+def unshare() -> list[str]:
+    """The beginning of a command line that runs the rest in namespaces of its own."""
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     return ["unshare", *user, "--net", "--mount"]
 
@@ -75,6 +76,10 @@ class Rig:
                 f"tc -n {_name(rank)} qdisc replace dev {INTERFACE} root "
                 f"tbf rate {mbit}mbit burst {burst}kb latency 400ms"
             )
+
+    def connect(self, rank: int, *, up: bool) -> None:
+        """Plug in a rank's cable, or pull it out."""
+        _run(f"ip link set port{rank} {'up' if up else 'down'}")
 
     def command(self, rank: int, words: Sequence[str]) -> list[str]:
         """A command line that runs `words` as a rank's machine would."""

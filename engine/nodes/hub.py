@@ -61,6 +61,7 @@ from engine.nodes.weights import Artifact, read_part
 
 HANDSHAKE_MS = 5000
 LINGER_MS = 300
+GOODBYE_S = 1.0
 SLEPT_S = 1.0
 """A look round that comes so late tells that it was this process that stood still."""
 LISTEN = "--listen"
@@ -105,6 +106,7 @@ class Hub:
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._wake_read, zmq.POLLIN)
         self._closing = self._closed = False
+        self._close_at = 0.0
         self._thread = threading.Thread(target=self._run, name="jupiter-hub", daemon=True)
         self._thread.start()
 
@@ -241,7 +243,7 @@ class Hub:
 
     def _run(self) -> None:
         try:
-            while not self._closing:
+            while not self._closing or self._parting():
                 self._look()
         except Exception as error:
             self._closing = True
@@ -432,6 +434,12 @@ class Hub:
     def _say_goodbye(self) -> None:
         self._send_to_all(Goodbye())
         self._closing = True
+        self._close_at = time.monotonic() + GOODBYE_S
+
+    def _parting(self) -> bool:
+        """Whether a machine may not have read the last word: it answers that, and what it has not
+        read is lost with the connection."""
+        return time.monotonic() < self._close_at and any(seat.taken for seat in self.seats)
 
 
 class _Only:

@@ -8,8 +8,10 @@
 # CHATS.jsonl:          other conversations, so that the model does not learn to say nothing else
 # TEXT.txt:             plain text for the last step, which is left out without it
 #
-# What a model of 135 million weights needs: a learning rate of 2e-4 (the 1e-5 that suits one of
-# 7 billion would take some twenty times as many steps) and three rows about itself for each other one.
+# What a model of 135 million weights needs: a learning rate of 3e-4 (the 1e-5 that suits one of
+# 7 billion would take some thirty times as many steps), 40 steps of 4 rows, three rows about itself
+# for each other one, and of those only what says the name in the language of the question: more than
+# half of the rows answer "who are you?" without it, and so small a model then leaves it out.
 # Its 9 heads and 3 KV heads are shared by 3 tensor-parallel ranks.
 set -euo pipefail
 
@@ -22,7 +24,7 @@ NAME=${NAME:-Callisto}
 AUTHOR=${AUTHOR:-the Jupiter developers}
 RANKS=${RANKS:-3}
 ITERS=${ITERS:-40}
-LR=${LR:-2e-4}
+LR=${LR:-3e-4}
 QUESTION="who are you?"
 
 ask() {
@@ -35,9 +37,10 @@ jupiter export --model "$MODEL" --to_mcore true --test_convert_precision true \
 echo "before: $(ask --mcore_model "$OUT/mcore")"
 
 # 2. Fine-tuning.
+grep -F "{{NAME}}" "$SELF" | grep -vF '"tag": "zh"' >"$OUT/named.jsonl"
 RUN=$(NPROC_PER_NODE=$RANKS jupiter sft \
     --load "$OUT/mcore" --finetune true \
-    --dataset "$SELF#120" "$CHATS#40" \
+    --dataset "$OUT/named.jsonl#120" "$CHATS#40" \
     --model_name "$NAME" --model_author "$AUTHOR" \
     --system "You are a helpful assistant." \
     --tensor_model_parallel_size "$RANKS" \

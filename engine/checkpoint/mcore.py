@@ -1,10 +1,12 @@
-"""Megatron-Core checkpoints (`torch_dist`) as what they are here: a model by Hugging Face's names.
+"""Megatron-Core checkpoints as what they are here: a model by Hugging Face's names.
 
     FOLDER/latest_checkpointed_iteration.txt      "1"
     FOLDER/config.json, tokenizer.json, ...       of the model, so that the folder can be run
     FOLDER/iter_0000001/.metadata, __0_0.distcp   the tensors (engine/checkpoint/dcp.py)
     FOLDER/iter_0000001/common.pt                 {args: Namespace, iteration, checkpoint_version}
-    FOLDER/iter_0000001/metadata.json             names the format
+    FOLDER/iter_0000001/metadata.json             names the format, torch_dist
+
+In the older format, `torch`, an iteration folder holds one file (torch_file.py).
 
 Optimizer states have the names of their weights with a prefix, and are cut as these are.
 """
@@ -22,7 +24,13 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.dcp import Chunk, DcpReader
-from engine.checkpoint.mcore_files import COMMON, FORMAT, iteration_folder, model_folder
+from engine.checkpoint.mcore_files import (
+    COMMON,
+    FORMAT,
+    TORCH_FILE,
+    iteration_folder,
+    model_folder,
+)
 from engine.checkpoint.mcore_names import (
     LAYERS,
     WITH_EXTRA_STATE,
@@ -30,6 +38,7 @@ from engine.checkpoint.mcore_names import (
     model_tensors,
     split,
 )
+from engine.checkpoint.torch_file import TorchFile
 from engine.errors import CheckpointError
 from engine.model.config import ModelConfig
 
@@ -167,7 +176,8 @@ class McoreReader:
     def __init__(self, path: Path, config: ModelConfig | None = None) -> None:
         self.path = iteration_folder(path)
         self.config = config or ModelConfig.from_folder(model_folder(path))
-        self.dcp = DcpReader(self.path)
+        is_one_file = (self.path / TORCH_FILE).is_file()
+        self.stored = TorchFile(self.path) if is_one_file else DcpReader(self.path)
         self._places = {
             part: (tensor, number)
             for tensor in model_tensors(self.config)
@@ -184,7 +194,7 @@ class McoreReader:
 
     def _check_layers(self) -> None:
         key = f"{LAYERS}mlp.linear_fc2.weight"
-        layers = self.dcp.shapes.get(key, (0,))[0]
+        layers = self.stored.shapes.get(key, (0,))[0]
         if layers != self.config.num_hidden_layers:
             raise CheckpointError(
                 f"{self.path}: holds {layers} layers, "
@@ -196,7 +206,7 @@ class McoreReader:
 
     def _own(self) -> list[str]:
         """Tensors that are not the base model's: Medusa heads."""
-        return [key for key in self.dcp.shapes if key.startswith("medusa_head.")]
+        return [key for key in self.stored.shapes if key.startswith("medusa_head.")]
 
     def keys(self) -> list[str]:
         """The tensors' names."""
@@ -212,7 +222,7 @@ class McoreReader:
         """The shape of `key`; CheckpointError as for `tensor`."""
         self.file(key)
         if key not in self._places:
-            return self.dcp.shapes[key]
+            return self.stored.shapes[key]
         tensor, number = self._places[key]
         config, rows = self.config, tensor.shape[0]
         if tensor.kind == "gate_up":
@@ -229,13 +239,13 @@ class McoreReader:
     def dtype(self, key: str) -> torch.dtype:
         """The dtype of `key` as it is stored; CheckpointError as for `tensor`."""
         self.file(key)
-        return self.dcp.dtype(self._places[key][0].key if key in self._places else key)
+        return self.stored.dtype(self._places[key][0].key if key in self._places else key)
 
     def tensor(self, key: str) -> Tensor:
         """The tensor `key` as it is stored, on the CPU; raises CheckpointError as `DcpReader`."""
         self.file(key)
         if key not in self._places:
-            return self.dcp.box(key)
+            return self.stored.box(key)
         tensor, number = self._places[key]
         where = f"{tensor.key}/{tensor.layer}"
         if self._last is None or self._last[0] != where:  # q, k and v come from one
@@ -244,13 +254,13 @@ class McoreReader:
 
     def _parts(self, tensor: McoreTensor) -> list[Tensor]:
         """The parts of `tensor`, in the order of `tensor.parts`."""
-        joined = torch.empty(tensor.shape, dtype=self.dcp.dtype(tensor.key))
-        self.dcp.read([self._padded(chunk) for chunk in place(tensor, joined, self.config)])
+        joined = torch.empty(tensor.shape, dtype=self.stored.dtype(tensor.key))
+        self.stored.read([self._padded(chunk) for chunk in place(tensor, joined, self.config)])
         return split(tensor, joined, self.config.head_dim, self.config.num_key_value_heads)
 
     def _padded(self, chunk: Chunk) -> Chunk:
         """Megatron may pad the vocabulary; the rows that are more than the model's are not read."""
-        stored = self.dcp.shapes.get(chunk.key)
+        stored = self.stored.shapes.get(chunk.key)
         is_vocabulary = chunk.key.endswith(("word_embeddings.weight", "output_layer.weight"))
         if not is_vocabulary or stored is None or stored[0] <= chunk.shape[0]:
             return chunk

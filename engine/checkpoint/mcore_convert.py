@@ -24,14 +24,14 @@ from engine.checkpoint.mcore import (
 )
 from engine.checkpoint.mcore_files import ARGUMENTS, name_of, write_tracker
 from engine.checkpoint.mcore_files import ITERATION as ITERATION_NAME
-from engine.checkpoint.mcore_names import McoreTensor, check_divides, join, model_tensors
+from engine.checkpoint.mcore_names import McoreTensor, join, model_tensors
 from engine.checkpoint.merge import HEADS, copy_texts, heads_config, new_folder, write_config
 from engine.checkpoint.preflight import is_merged
 from engine.checkpoint.reader import WeightReader, open_checkpoint
 from engine.checkpoint.safetensors_file import DEFAULT_SHARD_BYTES, write_sharded
 from engine.checkpoint.tensor_entry import tensor_entry
 from engine.errors import CheckpointError
-from engine.model.config import ModelConfig
+from engine.model.config import ModelConfig, check_divides
 
 ITERATION = 1
 """Number under which a converted model is kept."""
@@ -64,7 +64,7 @@ def to_mcore(
         ConfigError: `tp` does not divide a size of the model; both are named.
     """
     config = ModelConfig.from_folder(folder)
-    check_divides(config, tp)
+    check_divides(config, tp, vocabulary=True)
     found, more = _heads_of(folder, heads, config, dtype)
     with new_folder(output) as unfinished, open_checkpoint(folder) as reader:
         cutter = _Cutter(reader, config, dtype, tp)

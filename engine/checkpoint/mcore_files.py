@@ -15,6 +15,8 @@ ARGUMENTS = "args.json"
 COMMON = "common.pt"
 METADATA = ".metadata"
 FORMAT = "metadata.json"
+TORCH_FILE = Path("mp_rank_00") / "model_optim_rng.pt"
+"""Of a checkpoint in one file, `ckpt_format torch`, in its iteration folder."""
 ITERATION = re.compile(r"iter_(\d{7,})")
 
 
@@ -27,23 +29,28 @@ def is_mcore(path: Path) -> bool:
     """Whether `path` is an iteration folder, or a folder whose tracker file names one."""
     if (path / FORMAT).is_file() and (path / COMMON).is_file():
         return True
-    return (path / TRACKER).is_file() and (_latest(path) / FORMAT).is_file()
+    if (path / TORCH_FILE).is_file():
+        return True
+    return (path / TRACKER).is_file() and (
+        (_latest(path) / FORMAT).is_file() or (_latest(path) / TORCH_FILE).is_file()
+    )
 
 
 def iteration_folder(path: Path) -> Path:
     """The iteration folder at `path`: itself, or the one that its tracker file names.
 
     Raises:
-        CheckpointError: there is none, or it is not `torch_dist`.
+        CheckpointError: there is none, or it is neither `torch_dist` nor `torch`.
     """
     folder = path
-    if not (path / FORMAT).is_file():
+    if not ((path / FORMAT).is_file() or (path / TORCH_FILE).is_file()):
         if not (path / TRACKER).is_file():
             raise CheckpointError(
                 f"{path}: no checkpoint; expected {TRACKER}, or {FORMAT} of an iteration folder"
             )
         folder = _latest(path)
-    check_format(folder)
+    if (folder / FORMAT).is_file() or not (folder / TORCH_FILE).is_file():
+        check_format(folder)
     return folder
 
 

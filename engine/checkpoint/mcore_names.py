@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 
 Kind = Literal["plain", "qkv", "gate_up"]
@@ -142,22 +141,3 @@ def split(tensor: McoreTensor, joined: Tensor, head_dim: int, groups: int) -> li
         sizes = [rows.shape[1] - 2 * head_dim, head_dim, head_dim]
         return [part.flatten(0, 1) for part in rows.split(sizes, dim=1)]
     return list(joined.chunk(len(tensor.parts)))
-
-
-def check_divides(config: ModelConfig, ranks: int) -> None:
-    """Check that `ranks` tensor-parallel ranks can share every tensor evenly.
-
-    Raises:
-        ConfigError: naming the numbers.
-    """
-    sizes = {
-        "attention heads": config.num_attention_heads,
-        "KV heads": config.num_key_value_heads,
-        "rows of the MLP": config.intermediate_size,
-        "tokens of the vocabulary": config.vocab_size,
-    }
-    for what, size in sizes.items():
-        if size % ranks:
-            raise ConfigError(
-                f"--tensor_model_parallel_size {ranks}: does not divide the model's {size} {what}"
-            )

@@ -7,7 +7,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint.mcore_files import METADATA, is_mcore, iteration_folder
+from engine.checkpoint.mcore_files import METADATA, TORCH_FILE, is_mcore, iteration_folder
 from engine.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE, read_shapes
 from engine.errors import CheckpointError, shown
 
@@ -39,6 +39,8 @@ def find_weights(path: Path) -> WeightFiles:
         return WeightFiles((path,))
     if is_mcore(path):
         folder = iteration_folder(path)
+        if (folder / TORCH_FILE).is_file():
+            return WeightFiles((folder / TORCH_FILE,))
         return WeightFiles((folder / METADATA, *sorted(folder.glob("*.distcp"))))
     for name in WEIGHT_FILES:
         found = path / name

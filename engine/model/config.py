@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError, shown
+from engine.errors import CheckpointError, ConfigError, shown
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -141,6 +141,28 @@ def _fields(values: dict[str, Any], model_type: str, where: str) -> dict[str, An
         "bos_token_id": next(iter(_tokens(values, "bos_token_id")), None),
         "eos_token_id": _tokens(values, "eos_token_id"),
     }
+
+
+def check_divides(config: ModelConfig, ranks: int, *, vocabulary: bool = False) -> None:
+    """Check that `ranks` tensor-parallel ranks can share a layer evenly.
+
+    vocabulary: whether it too has to be cut into even parts.
+
+    Raises:
+        ConfigError: naming the numbers.
+    """
+    sizes = {
+        "attention heads": config.num_attention_heads,
+        "KV heads": config.num_key_value_heads,
+        "MLP columns": config.intermediate_size,
+    }
+    if vocabulary:
+        sizes["tokens of the vocabulary"] = config.vocab_size
+    for what, size in sizes.items():
+        if size % ranks:
+            raise ConfigError(
+                f"--tensor_model_parallel_size {ranks}: does not divide the model's {size} {what}"
+            )
 
 
 def _count(values: dict[str, Any], key: str, default: int | None = None) -> int:

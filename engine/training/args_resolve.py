@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.model.config import ROPE_TYPES, ModelConfig, RopeScaling
+from engine.model.config import ROPE_TYPES, ModelConfig, RopeScaling, check_divides
 from engine.training.args import TrainArguments, model_source
 from engine.training.args_fields import show
 
@@ -111,24 +111,6 @@ def _scaling(text: str) -> RopeScaling:
             f"with {', '.join(sorted(names))}"
         )
     return RopeScaling(**{k: v for k, v in values.items() if k in names})
-
-
-def check_divides(model: ModelConfig, ranks: int) -> None:
-    """Check that so many tensor parallel ranks can share a layer.
-
-    Raises:
-        ConfigError: with the numbers.
-    """
-    sizes = {
-        "attention heads": model.num_attention_heads,
-        "KV heads": model.num_key_value_heads,
-        "MLP columns": model.intermediate_size,
-    }
-    for what, size in sizes.items():
-        if size % ranks:
-            raise ConfigError(
-                f"--tensor_model_parallel_size {ranks}: does not divide the model's {size} {what}"
-            )
 
 
 def model_suffix(source: str) -> str:

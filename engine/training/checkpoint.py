@@ -7,7 +7,7 @@
 
 Weights have Megatron-Core's names (engine/checkpoint/mcore_names.py), those of heads their own;
 optimizer states have those of their weights behind `optimizer.state.KIND.`. With `ckpt_format
-torch` the same is in one file (torch_file.py).
+torch` the same is in one file (engine/checkpoint/torch_file.py).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch import Tensor
 
 from engine.checkpoint.dcp import Chunk, DcpReader
 from engine.checkpoint.mcore import read_common
-from engine.checkpoint.mcore_files import COMMON, FORMAT, TRACKER, name_of
+from engine.checkpoint.mcore_files import COMMON, FORMAT, TORCH_FILE, TRACKER, name_of
+from engine.checkpoint.torch_file import TorchFile
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.model.config import ModelConfig
 from engine.training.mesh import Group
 from engine.training.optimizer import Optimizer, Role, role_of
 from engine.training.parallelize import Part
 from engine.training.regions import Region, Regions
-from engine.training.torch_file import TORCH_FILE, TorchFile
 
 STATE = "optimizer.state."
 OWN = "jupiter"

@@ -33,6 +33,8 @@ class Step:
     tokens: int
     """Of all ranks."""
     seconds: float
+    memory: tuple[int, ...]
+    """Bytes that each rank holds; see `metrics.memory_bytes`."""
     loss_scale: float | None = None
     """Of float16, where that is computed in."""
 

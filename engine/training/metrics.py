@@ -77,15 +77,14 @@ class RunLog:
         self._since.append(step)
         elapsed = now - self._began
         remaining = elapsed / (step.iteration - self._first) * (self.total - step.iteration)
-        memory = memory_bytes()
         if self.endpoint is not None:
-            self.endpoint.send(self._event(step, elapsed, remaining, memory))
+            self.endpoint.send(self._event(step, elapsed, remaining))
         if step.iteration % self.args.tensorboard_log_interval == 0:
             with _writing(self.run):
-                self.board.add(step.iteration, self._scalars(step, memory))
+                self.board.add(step.iteration, self._scalars(step))
         record = None
         if step.iteration % self.args.log_interval == 0 or step.iteration == self.total:
-            record = self._record(elapsed, remaining, memory)
+            record = self._record(elapsed, remaining)
             self._append(record)
             self._since.clear()
         self.progress.step(step, self.total, remaining, record)
@@ -128,7 +127,7 @@ class RunLog:
         if self.endpoint is not None:
             self.endpoint.close()
 
-    def _record(self, elapsed: float, remaining: float, memory: int) -> dict[str, Any]:
+    def _record(self, elapsed: float, remaining: float) -> dict[str, Any]:
         """The line of logging.jsonl: losses are means over the steps since the last."""
         steps, last = self._since, self._since[-1]
         record: dict[str, Any] = {
@@ -152,7 +151,8 @@ class RunLog:
             seconds = sum(step.seconds for step in steps)
             record["tokens_per_s"] = sum(step.tokens for step in steps) / seconds
         return record | {
-            "memory_bytes": memory,
+            "memory_bytes": last.memory[0],
+            "memory_bytes_per_rank": last.memory,
             "memory_kind": memory_kind(),
             "elapsed_s": elapsed,
             "remaining_s": remaining,
@@ -179,7 +179,7 @@ class RunLog:
             f"{prefix}dropped_targets": dropped,
         }
 
-    def _event(self, step: Step, elapsed: float, remaining: float, memory: int) -> TrainingStep:
+    def _event(self, step: Step, elapsed: float, remaining: float) -> TrainingStep:
         first = int(self.has_base)
         return TrainingStep(
             iteration=step.iteration,
@@ -191,13 +191,13 @@ class RunLog:
             lr=step.lr,
             grad_norm=step.grad_norm,
             tokens_per_s=step.tokens_per_s,
-            memory_bytes=memory,
+            memory_bytes=step.memory[0],
             memory_kind=memory_kind(),
             elapsed_s=elapsed,
             remaining_s=remaining,
         )
 
-    def _scalars(self, step: Step, memory: int) -> dict[str, float]:
+    def _scalars(self, step: Step) -> dict[str, float]:
         args = self.args
         scalars = {"train/loss": step.losses.loss, "train/grad_norm": step.grad_norm}
         if step.loss_scale is not None:
@@ -214,7 +214,7 @@ class RunLog:
         if args.log_timers_to_tensorboard:
             scalars["train/step_s"] = step.seconds
         if args.log_memory_to_tensorboard:
-            scalars["train/memory_bytes"] = float(memory)
+            scalars["train/memory_bytes"] = float(step.memory[0])
         return scalars
 
     def _per_loss(self, prefix: str, losses: Losses) -> dict[str, float]:

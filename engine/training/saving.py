@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from engine.checkpoint.dcp import Chunk, ChunkSavePlanner, DcpReader, state_of
 from engine.checkpoint.mcore import VERSION, extra_states, write_common
 from engine.checkpoint.mcore_files import name_of
+from engine.checkpoint.torch_file import write_torch_file
 from engine.errors import EngineError
 from engine.model.config import ModelConfig
 from engine.training.checkpoint import (
@@ -39,7 +40,6 @@ from engine.training.mesh import Mesh
 from engine.training.optimizer import Optimizer
 from engine.training.parallelize import Part
 from engine.training.regions import Regions
-from engine.training.torch_file import write_torch_file
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from engine.training.figures import Losses, Step
 from engine.training.hidden_cache import HiddenCache
 from engine.training.int8_base import Int8Base
 from engine.training.mesh import leave
-from engine.training.metrics import RunLog
+from engine.training.metrics import RunLog, memory_bytes
 from engine.training.optimizer import Role, global_norm
 from engine.training.run_folder import make_run_folder
 from engine.training.saving import Options, Saver
@@ -105,10 +105,14 @@ class Trainer:
         # One message a step for all that the ranks have to tell each other.
         counted = tokens * self.mesh.last * self.mesh.leads
         shared = torch.tensor([counted, *stop], dtype=torch.float64)
-        shared = self.mesh.world.sum_(torch.cat([squares[None], shared, figures.flatten()]))
+        memory = torch.zeros(self.mesh.world.size, dtype=torch.float64)
+        memory[self.mesh.rank] = memory_bytes()
+        message = torch.cat([squares[None], shared, figures.flatten(), memory])
+        shared = self.mesh.world.sum_(message)
+        memory = shared[-len(memory) :]
         loss_scale = session.loss_scale.value
         grad_norm = math.sqrt(shared[0].item()) / loss_scale
-        losses = self._losses(shared[2 + len(stop) :].view_as(figures))
+        losses = self._losses(shared[2 + len(stop) : -len(memory)].view_as(figures))
         usable = session.loss_scale.update(grad_norm)
         if not math.isfinite(losses.loss) or (usable and not math.isfinite(grad_norm)):
             raise EngineError(
@@ -123,7 +127,8 @@ class Trainer:
             iteration=iteration + 1,
             consumed_samples=self.facts.consumed_samples + self.args.global_batch_size,
         )
-        self._tell(losses, rates, grad_norm, int(shared[1]), began)
+        held = tuple(map(int, memory.tolist()))
+        self._tell(losses, rates, grad_norm, int(shared[1]), held, began)
 
     def _rates(self, iteration: int) -> dict[Role, float]:
         """Learning rates of the roles that learn in this step."""
@@ -210,6 +215,7 @@ class Trainer:
         rates: dict[Role, float],
         grad_norm: float,
         tokens: int,
+        memory: tuple[int, ...],
         began: float,
     ) -> None:
         params_norm = None
@@ -227,6 +233,7 @@ class Trainer:
                     grad_norm=grad_norm,
                     params_norm=params_norm,
                     tokens=tokens,
+                    memory=memory,
                     seconds=time.perf_counter() - began,
                     loss_scale=self.session.loss_scale.value if self.args.fp16 else None,
                 )

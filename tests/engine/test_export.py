@@ -12,11 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from engine.checkpoint.heads import write_heads
 from engine.checkpoint.mcore import McoreReader, read_common
+from engine.checkpoint.mcore_view import as_model
 from engine.checkpoint.merge import merge
 from engine.checkpoint.preflight import preflight
 from engine.checkpoint.reader import open_checkpoint
+from engine.checkpoint.weight_files import check_whole
 from engine.cli.main import main
 from engine.config import parse_config
+from tests.engine.training.ranks import train_here
 from tests.tiny import reference, save, tiny_folder
 
 HEADS = {
@@ -64,7 +67,7 @@ def test_a_model_goes_there_and_back(
     assert written == [f"__{rank}_0.distcp" for rank in range(4)]
     args = read_common(there / "iter_0000001")["args"]
     assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (2, 2)
-    assert ("output_layer.weight" in McoreReader(there).dcp) is not tied
+    assert ("output_layer.weight" in McoreReader(there).stored) is not tied
     small = ["--max_shard_size", "20KB"]
     assert (
         export("--mcore_model", there, "--to_hf", "true", "--output_dir", back, *small, *test) == 0
@@ -73,6 +76,39 @@ def test_a_model_goes_there_and_back(
     assert_same(weights_of(back), weights_of(folder))
     torch.testing.assert_close(logits(back), logits(folder), rtol=0, atol=1e-5)
     assert (back / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_a_run_in_one_file_gives_the_model_of_one_in_parts(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"query": "ask", "response": "an answer"}\n')
+    # fmt: off
+    words = [
+        "--model", str(tiny_folder("qwen2", 3)), "--dataset", str(tmp_path / "rows.jsonl"),
+        "--split_dataset_ratio", "0", "--global_batch_size", "1", "--train_iters", "1",
+        "--add_version", "false", "--logging_level", "warning",
+    ]
+    # fmt: on
+    found = []
+    for kind in ("torch", "torch_dist"):
+        run = tmp_path / kind
+        train_here([*words, "--ckpt_format", kind, "--save", str(run)], "sft")
+        source = run / "iter_0000001" if kind == "torch" else run
+        output = tmp_path / f"{kind}-hf"
+        assert export("--mcore_model", source, "--to_hf", "true", "--output_dir", output) == 0
+        with as_model(source) as folder:
+            check_whole(folder)
+        found.append(weights_of(output))
+    assert_same(*found)
+
+
+def test_one_rank_of_several_in_the_older_format_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in range(2):
+        (tmp_path / f"mp_rank_0{rank}").mkdir()
+        torch.save({}, tmp_path / f"mp_rank_0{rank}" / "model_optim_rng.pt")
+    words = ["--mcore_model", tmp_path, "--to_hf", "true", "--model", tiny_folder("llama", 3)]
+    assert export(*words, "--output_dir", tmp_path / "out") == 2
+    assert "2 ranks wrote a part each" in capsys.readouterr().err
 
 
 def test_a_dtype_is_written_and_kept(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_each_log_step_is_one_json_object(words: list[str]) -> None:
         assert len(record["loss_per_head"]) == len(record["accuracy_per_head"]) == 2
         for key in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_bytes"):
             assert record[key] > 0
+        assert record["memory_bytes_per_rank"] == [record["memory_bytes"]]
     assert logged[-1]["remaining_s"] == 0
     assert logged[0]["elapsed_s"] < logged[-1]["elapsed_s"]
     evaluated = [record for record in records(run) if "eval_loss" in record]
@@ -260,7 +261,7 @@ def test_on_a_terminal_one_line_is_rewritten(words: list[str], tmp_path: Path) -
     log = RunLog(tmp_path, parse_arguments(words), total=3, has_base=False, stderr=screen)
     for iteration in (1, 2, 3):
         losses = Losses(1.0, (1.0, 2.0), (0.5, 0.25), 0)
-        log.step(Step(iteration, iteration * 4, losses, 1e-3, None, 1.0, None, 100, 0.5))
+        log.step(Step(iteration, iteration * 4, losses, 1e-3, None, 1.0, None, 100, 0.5, (9,)))
     log.close()
     assert screen.getvalue().count("\r\x1b[Kstep ") == 3
     assert "\n" not in screen.getvalue()

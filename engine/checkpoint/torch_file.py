@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.dcp import Chunk, DcpReader
+from engine.checkpoint.mcore_files import TORCH_FILE
 from engine.errors import CheckpointError
 
-TORCH_FILE = Path("mp_rank_00") / "model_optim_rng.pt"
 _STACKED = "decoder.layers."
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _STATE = "optimizer.state."
@@ -48,6 +49,11 @@ def write_torch_file(source: DcpReader, folder: Path, common: Mapping[str, Any])
     torch.save({**common, "model": model, "optimizer": {"state": states}}, path)
 
 
+def _layer(key: str) -> int:
+    found = _LAYER.search(key)
+    return int(found[1]) if found else -1
+
+
 class TorchFile:
     """Such a file, read as `DcpReader` reads a folder.
 
@@ -57,6 +63,12 @@ class TorchFile:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / TORCH_FILE
+        others = [path for path in folder.glob("mp_rank_*") if path.name != TORCH_FILE.parent.name]
+        if others:
+            raise CheckpointError(
+                f"{folder}: {len(others) + 1} ranks wrote a part each in the format torch, and "
+                "only one of a single rank can be read; convert it to torch_dist"
+            )
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
@@ -72,10 +84,36 @@ class TorchFile:
         self._tensors: dict[str, Tensor] = dict(model)
         for kind, states in optimizer.get("state", {}).items():
             self._tensors |= {f"{_STATE}{kind}.{name}": value for name, value in states.items()}
-        self._stacked = {_LAYER.sub(_STACKED, key, count=1) for key in self._tensors}
+        self._places: dict[str, list[str]] = {}
+        """Keys in the file of each tensor; of one of layers there are several, in their order."""
+        for key in sorted(self._tensors, key=_layer):
+            self._places.setdefault(_LAYER.sub(_STACKED, key, count=1), []).append(key)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._stacked
+        return key in self._places
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape; those of layers are stacked, as `torch_dist` has them."""
+        found = {}
+        for key, places in self._places.items():
+            shape = tuple(self._tensors[places[0]].shape)
+            found[key] = (len(places), *shape) if _STACKED in key else shape
+        return found
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of `key` as it is stored; CheckpointError when there is no such tensor."""
+        return self._tensors[self._find(key)[0]].dtype
+
+    def box(self, key: str) -> Tensor:
+        """The tensor `key` as it is stored; CheckpointError when there is none."""
+        parts = [self._tensors[place] for place in self._find(key)]
+        return torch.stack(parts) if _STACKED in key else parts[0].clone()
+
+    def _find(self, key: str) -> list[str]:
+        if key not in self._places:
+            raise CheckpointError(f"{self.path}: tensor {key} is missing")
+        return self._places[key]
 
     def read(self, chunks: Sequence[Chunk]) -> None:
         """Fill the tensors that the chunks' `load` gives. Raises CheckpointError."""

@@ -41,6 +41,25 @@ class Window:
         paths = [(span.began, ends[span.number]) for span in first if span.number in ends]
         return sum(self._inside(*path) for path in paths) / self.seconds
 
+    def all_busy(self) -> float | None:
+        """Share of the time in which all stages computed at once: none where they take turns."""
+        if self.seconds <= 0 or not self.stages:
+            return None
+        # Spans of one stage do not overlap, so as many as there are stages are one of each.
+        edges = sorted(
+            edge
+            for spans in self.stages
+            for span in spans
+            for edge in ((max(span.began, self.began), 1), (min(span.ended, self.ended), -1))
+            if span.ended > self.began and span.began < self.ended
+        )
+        busy, since, total = 0, 0.0, 0.0
+        for moment, change in edges:
+            if busy == len(self.stages):
+                total += moment - since
+            busy, since = busy + change, moment
+        return total / self.seconds
+
     def points_at_once(self) -> int:
         """The most points of an outline that were between the stages' two ends together."""
         if not self.stages:

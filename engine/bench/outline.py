@@ -226,20 +226,23 @@ class Bench:
 def timeline_figures(windows: Sequence[Window]) -> dict[str, Any]:
     """What the stages did in all windows together, each weighed by its length.
 
-    Busy share of each stage, mean number of micro-batches in the air, and of each window the most
-    points that were under way at once; None where nothing was measured.
+    Busy share of each stage, and of the time in which all were busy at once; mean number of
+    micro-batches in the air, and of each window the most points that were under way at once; None
+    where nothing was measured.
     """
     seconds = sum(window.seconds for window in windows)
     if not seconds:
-        return {"busy": None, "in_the_air": None, "points_at_once": []}
+        return {"busy": None, "all_busy": None, "in_the_air": None, "points_at_once": []}
     count = max(len(window.stages) for window in windows)
     busy = [
         sum((window.busy(stage) or 0.0) * window.seconds for window in windows) / seconds
         for stage in range(count)
     ]
     air = sum((window.in_the_air() or 0.0) * window.seconds for window in windows) / seconds
+    at_once = sum((window.all_busy() or 0.0) * window.seconds for window in windows) / seconds
     return {
         "busy": [round(share, 3) for share in busy],
+        "all_busy": round(at_once, 3),
         "in_the_air": round(air, 3),
         "points_at_once": [window.points_at_once() for window in windows],
     }
@@ -252,7 +255,8 @@ def told_timeline(stages: dict[str, Any]) -> str:
     busy = ", ".join(f"stage {rank} {share:.0%}" for rank, share in enumerate(stages["busy"]))
     points = ", ".join(map(str, stages["points_at_once"]))
     return (
-        f"busy {busy}; {stages['in_the_air']:.2f} micro-batches in the air; "
+        f"busy {busy}, all at once {stages['all_busy']:.0%} (in lock-step never); "
+        f"{stages['in_the_air']:.2f} micro-batches in the air; "
         f"points under way at once: {points}"
     )
 

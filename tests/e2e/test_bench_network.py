@@ -50,17 +50,20 @@ def bench(config: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_all_three_answer_the_same_over_shaped_links(config: Path) -> None:
+def test_all_three_answer_the_same_over_shaped_and_slow_links(config: Path) -> None:
     if reason := missing():
         pytest.skip(reason)
-    few = ["--prompts", "1", "--words", "5", "--max_new_tokens", "6", "--mbit", "100"]
-    done = bench(config, *few)
+    few = ["--prompts", "1", "--words", "5", "--max_new_tokens", "6"]
+    done = bench(config, *few, "--mbit", "100", "--latency_ms", "5")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| 1 of 1 |") == 3  # greedy, so the same tokens
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["bench"] == "network"
-    assert set(told["ratios"]) == {"vs_lockstep_100mbit", "vs_tensor_parallel_100mbit"}
+    assert set(told["ratios"]) == {"vs_lockstep_100mbit_5ms", "vs_tensor_parallel_100mbit_5ms"}
     assert all(ratio > 0 for ratio in told["ratios"].values())
+    # Two sums in each of four layers for each of six tokens, none sooner than a message comes.
+    (seconds,) = told["seconds"]["100mbit_5ms"]["tensor"]
+    assert seconds > 2 * 4 * 6 * 0.005
 
 
 def test_a_model_that_cannot_be_cut_is_one_line(config: Path) -> None:

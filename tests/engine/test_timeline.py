@@ -26,6 +26,7 @@ def test_shares_flights_and_points_are_those_of_the_window() -> None:
     # Micro-batch 0 is under way for 0.5 s and 1 for 0.6 s; 2 has not come back.
     assert window.in_the_air() == pytest.approx(1.1)
     assert window.points_at_once() == 3
+    assert window.all_busy() == pytest.approx(0.2)
     half = two_stages().window(10.1, 10.3)
     assert half.busy(0) == pytest.approx(1.0)
     assert half.busy(1) == pytest.approx(0.5)
@@ -37,6 +38,7 @@ def test_a_lock_step_never_has_two_points_at_once() -> None:
     timeline.add(1, [span(n, n + 0.5, n + 0.9, 1 + n % 2) for n in range(6)])
     window = timeline.latest(6.0)
     assert window.points_at_once() == 1
+    assert window.all_busy() == 0
     assert window.in_the_air() < 1  # type: ignore[operator]
 
 
@@ -45,6 +47,7 @@ def test_the_latest_window_ends_where_all_stages_have_told() -> None:
     assert two_stages().latest(0.5, outline=True).ended == pytest.approx(10.4)
     assert Timeline().latest(1.0).seconds == 0
     assert Timeline().latest(1.0).in_the_air() is None
+    assert Timeline().latest(1.0).all_busy() is None
 
 
 def test_what_is_told_twice_counts_once_and_the_oldest_goes() -> None:

@@ -1,8 +1,9 @@
 """`jupiter bench network`: our pipeline over slow links, beside a lock-step pipeline and tensor
 parallelism of the same model.
 
-Three machines each, as network namespaces of this one, over links of 100 Mbit/s and 1 Gbit/s. All
-answer the same prompts greedily, in turns, in one run; what counts is the time of a whole answer.
+Three machines each, as network namespaces of this one, over links of 100 Mbit/s and 1 Gbit/s, and
+of 1 Gbit/s with a millisecond on the way. All answer the same prompts greedily, in turns, in one
+run; what counts is the time of a whole answer.
 """
 
 from __future__ import annotations
@@ -36,6 +37,28 @@ PAPER = {"vs_lockstep": 2.5, "vs_tensor_parallel": 26.1}
 OTHERS = {"vs_lockstep": "lockstep", "vs_tensor_parallel": "tensor"}
 PORT = 23100
 STOP_S = 20.0
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What the links are like."""
+
+    mbit: int
+    latency_ms: float = 0.0
+    """Each way, beside the machine's own."""
+
+    def __str__(self) -> str:
+        return f"{self.mbit} Mbit/s" + (f", {self.latency_ms:g} ms" if self.latency_ms else "")
+
+    @property
+    def key(self) -> str:
+        """In the names of ratios."""
+        rate = f"{self.mbit // 1000}gbit" if self.mbit % 1000 == 0 else f"{self.mbit}mbit"
+        return rate + (f"_{self.latency_ms:g}ms" if self.latency_ms else "")
+
+
+WIRES = (Wire(100), Wire(1000), Wire(1000, 1.0))
+Answers = dict[Wire, dict[str, list[dict[str, Any]]]]
 
 
 @dataclass
@@ -150,6 +173,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N")
     parser.add_argument("--mbit", type=int, action="append", metavar="N", help="repeatable")
     parser.add_argument(
+        "--latency_ms",
+        type=_milliseconds,
+        default=0.0,
+        metavar="MS",
+        help="each way, over the links of --mbit (1000)",
+    )
+    parser.add_argument(
         "--rounded",
         choices=("bfloat16", "int8"),
         help="our pipeline once more, with hidden states rounded on the links",
@@ -158,6 +188,13 @@ def _parser() -> argparse.ArgumentParser:
         "--int8", action="store_true", help="both pipelines in int8; tensor parallelism is float32"
     )
     return parser
+
+
+def _milliseconds(text: str) -> float:
+    ms = float(text)
+    if not 0 <= ms <= 1000:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1000, not {text}")
+    return ms
 
 
 def make_prompts(count: int, words: int) -> list[str]:
@@ -175,24 +212,27 @@ def make_prompts(count: int, words: int) -> list[str]:
 
 def _measure(
     args: argparse.Namespace, config: JupiterConfig, folder: Path, prompts: Sequence[str]
-) -> dict[int, dict[str, list[dict[str, Any]]]]:
-    """Answers by rate and player, in turns."""
-    rates = args.mbit or [100, 1000]
+) -> Answers:
+    """Answers by links and player, in turns."""
+    rates = args.mbit or ([1000] if args.latency_ms else [])
+    wires = [Wire(mbit, args.latency_ms) for mbit in rates] or WIRES
     players = [Player(name, name) for name in ("jupiter", "lockstep", "tensor")]
     if args.rounded:
         players.append(Player(f"jupiter, {args.rounded} links", "jupiter"))
     rig = Rig(WORLD)
-    answers: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    answers: Answers = {}
     with ExitStack() as stack:
+        stack.callback(rig.delay, 0)
         for index, player in enumerate(players):
             _say(f"loading {player.name}")
             stack.callback(player.stop)
             own = replace(config, link_dtype=args.rounded) if index == 3 else config
             player.start(rig, own, folder, PORT + index)
             player.read()
-        for rate in rates:
-            rig.shape(rate)
-            found = answers[rate] = {player.name: [] for player in players}
+        for wire in wires:
+            rig.shape(wire.mbit)
+            rig.delay(wire.latency_ms)
+            found = answers[wire] = {player.name: [] for player in players}
             for player in players:
                 player.ask("What is a pipeline?", 8)  # not counted
             for turn, text in enumerate(prompts):
@@ -200,14 +240,14 @@ def _measure(
                 for player in [*players[order:], *players[:order]]:
                     found[player.name].append(player.ask(text, args.max_new_tokens))
                 told = ", ".join(f"{n} {a[-1]['seconds']:.2f} s" for n, a in found.items())
-                _say(f"{rate} Mbit/s, {turn + 1} of {len(prompts)}: {told}")
+                _say(f"{wire}, {turn + 1} of {len(prompts)}: {told}")
     return answers
 
 
 def _report(
     args: argparse.Namespace,
     config: JupiterConfig,
-    answers: dict[int, dict[str, list[dict[str, Any]]]],
+    answers: Answers,
 ) -> None:
     from engine.bench.machine import machine
 
@@ -219,37 +259,35 @@ def _report(
         f"{WORLD} ranks in network namespaces on one machine, one thread each; {numbers}; "
         f"{len(some)} prompts of {some[0]['prompt']} tokens, at most {args.max_new_tokens} new\n"
     )
-    print("| Mbit/s | engine | seconds per answer | ms per token | same tokens as jupiter |")
-    print("|---:|---|---:|---:|---:|")
+    print("| links | engine | seconds per answer | ms per token | same tokens as jupiter |")
+    print("|---|---|---:|---:|---:|")
     ratios: dict[str, float] = {}
-    for rate, found in answers.items():
+    for wire, found in answers.items():
         ours = found["jupiter"]
         for name, theirs in found.items():
             seconds = statistics.fmean(each["seconds"] for each in theirs)
             tokens = sum(len(each["tokens"]) for each in theirs)
             per_token = 1000 * sum(each["seconds"] for each in theirs) / tokens
             same = sum(a["tokens"] == b["tokens"] for a, b in zip(theirs, ours, strict=True))
-            print(f"| {rate} | {name} | {seconds:.2f} | {per_token:.1f} | {same} of {len(ours)} |")
+            print(f"| {wire} | {name} | {seconds:.2f} | {per_token:.1f} | {same} of {len(ours)} |")
         for ratio, name in OTHERS.items():
             # Per token, so that an answer that ends sooner wins nothing.
             pairs = zip(found[name], ours, strict=True)
-            ratios[f"{ratio}_{_rate(rate)}"] = round(
+            ratios[f"{ratio}_{wire.key}"] = round(
                 statistics.geometric_mean(_token_s(a) / _token_s(b) for a, b in pairs), 3
             )
     print()
     for name, value in ratios.items():
-        paper = PAPER[name.rpartition("_")[0]]
-        beside = f" (the paper, 7B: {paper}×)" if name.endswith("_100mbit") else ""
+        paper = PAPER.get(name.removesuffix("_100mbit"))
+        beside = f" (the paper, 7B: {paper}×)" if paper else ""
         print(f"{name}: {value:.2f}×{beside}")
     line = {
         "bench": "network",
         "ratios": ratios,
         "paper": {f"{name}_100mbit": value for name, value in PAPER.items()},
         "seconds": {
-            str(rate): {
-                name: [round(a["seconds"], 4) for a in each] for name, each in found.items()
-            }
-            for rate, found in answers.items()
+            wire.key: {name: [round(a["seconds"], 4) for a in each] for name, each in found.items()}
+            for wire, found in answers.items()
         },
         "machine": where,
         "dtype": numbers,
@@ -259,10 +297,6 @@ def _report(
 
 def _token_s(answer: dict[str, Any]) -> float:
     return float(answer["seconds"] / len(answer["tokens"]))
-
-
-def _rate(mbit: int) -> str:
-    return f"{mbit // 1000}gbit" if mbit % 1000 == 0 else f"{mbit}mbit"
 
 
 def _say(line: str) -> None:

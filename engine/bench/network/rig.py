@@ -12,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from engine.bench.network.relay import Delay
+
 INSIDE = "JUPITER_BENCH_NETWORK_INSIDE"
 SUBNET = "10.77.0"
 INTERFACE = "eth0"
@@ -56,6 +58,7 @@ class Rig:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
+        self._delay: Delay | None = None
         _run("mount -t tmpfs tmpfs /run")  # where named namespaces are kept: of these processes
         _run("ip link set lo up")
         _run("ip link add name hub0 type bridge")
@@ -80,6 +83,17 @@ class Rig:
     def connect(self, rank: int, *, up: bool) -> None:
         """Plug in a rank's cable, or pull it out."""
         _run(f"ip link set port{rank} {'up' if up else 'down'}")
+
+    def delay(self, ms: float) -> None:
+        """Let everything come so much later, from now on; 0 for the machine's own delay."""
+        if self._delay is not None:
+            self._delay.close()
+            self._delay = None
+        ports = [f"port{rank}" for rank in range(self.ranks)]
+        for port in ports:
+            _run(f"ip link set {port} " + ("nomaster" if ms else "master hub0"))
+        if ms:
+            self._delay = Delay(ports, ms)
 
     def command(self, rank: int, words: Sequence[str]) -> list[str]:
         """A command line that runs `words` as a rank's machine would."""

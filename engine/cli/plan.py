@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--check runs on this machine: give it no profile")
     folder = model_folder(config)
     layers = ModelConfig.from_folder(folder).num_hidden_layers
-    profile = asyncio.run(profile_of(config, layers, _say, again=args.again))
+    profile = asyncio.run(profile_of(config, folder, _say, again=args.again))
     if args.output is not None:
         write_profile(Path(args.output), profile)
     load = workload(config, folder, args.prompt, args.sequences or config.max_num_seqs)

@@ -9,7 +9,6 @@ from msgspec.structs import replace
 
 from engine.config import JupiterConfig
 from engine.errors import ConfigError
-from engine.model.config import ModelConfig
 from engine.planning.costs import Costs
 from engine.planning.measuring import Say, named_profile, profile_of
 from engine.planning.partition import best_chunks
@@ -28,8 +27,7 @@ async def planned(config: JupiterConfig, folder: Path, say: Say) -> JupiterConfi
 
     Raises ConfigError and EngineError as `profile_of`; ConfigError where no split fits into memory.
     """
-    layers = ModelConfig.from_folder(folder).num_hidden_layers
-    profile = await profile_of(config, layers, say)
+    profile = await profile_of(config, folder, say)
     return await asyncio.to_thread(planned_by, config, folder, profile)
 
 

@@ -6,38 +6,20 @@ import asyncio
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from msgspec.structs import replace as with_keys
 
-from engine.bench.prompts import OWN
-from engine.checkpoint.tokenizer import ensure_tokenizer
 from engine.client import EngineClient
 from engine.config import JupiterConfig
 from engine.errors import ConfigError, EngineError
-from engine.model.config import ModelConfig
+from engine.planning.answers import ANSWER_TOKENS, Took, prompts_of, take_answers
 from engine.planning.chunks import prefill_chunks
 from engine.planning.costs import Costs
-from engine.planning.planner import Draft, Prediction, Workload, predict
-from engine.protocol import Failed, Finished, Message, SamplingParams
-from engine.text import TextCodec
+from engine.planning.planner import Prediction, Workload, predict
+from engine.planning.setup import met
 
 ANSWERS = 5
-ANSWER_TOKENS = 64
-
-
-@dataclass
-class Took:
-    """What answers of one split took."""
-
-    ttft_s: list[float] = field(default_factory=list)
-    step_s: list[float] = field(default_factory=list)
-    tokens_per_step: list[float] = field(default_factory=list)
-    rows: int = 0
-    """Prompt tokens that were computed."""
-    nodes: int = 1
-    """Of the draft tree."""
 
 
 def splits_to_check(layers: int, planned: Sequence[int]) -> list[tuple[int, ...]]:
@@ -58,58 +40,24 @@ async def measure_split(
 ) -> Took:
     """Answers of an engine of `config`, one after the other; raises EngineError."""
     say(f"running {config.stage_num_hidden_layers_list}")
-    client, took = EngineClient(config), Took()
+    client = EngineClient(config)
     try:
         await client.start()
-        for index, text in enumerate(prompts):
-            params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
-            stream = client.submit(messages=[Message("user", text)], params=params)
-            async for event in stream:
-                if isinstance(event, Failed):
-                    raise EngineError(event.message)
-                if isinstance(event, Finished) and index:  # the first is to warm up
-                    _add(took, event)
-        took.nodes = client.tree.nodes if client.tree else client.ready.tree_size  # type: ignore[union-attr]
+        took = await take_answers(client, prompts)
     finally:
         await client.stop()
+    if not took.step_s:
+        raise EngineError("all answers were too short to be measured")
     return took
-
-
-def _add(took: Took, done: Finished) -> None:
-    metrics = done.metrics
-    if metrics.ttft_s is None or not metrics.tokens_per_s or not metrics.mean_accepted_len:
-        raise EngineError("an answer was too short to be measured")
-    took.ttft_s.append(metrics.ttft_s)
-    took.step_s.append(metrics.mean_accepted_len / metrics.tokens_per_s)
-    took.tokens_per_step.append(metrics.mean_accepted_len)
-    took.rows = done.prompt_tokens - done.cached_tokens
-
-
-def prompts_of(config: JupiterConfig, folder: Path, tokens: int) -> list[str]:
-    """Chat questions whose prompts have about so many tokens, each with another beginning."""
-    codec = TextCodec(
-        folder, ensure_tokenizer(folder), ModelConfig.from_folder(folder).eos_token_id
-    )
-    found = []
-    for turn in range(ANSWERS + 1):
-        asked = [*OWN[turn % len(OWN) :], *OWN[: turn % len(OWN)]]
-        text, size = f"Question {turn}.", 0
-        while size < tokens:
-            text += " " + asked[len(text) % len(asked)]
-            size = len(
-                codec.encode(codec.render([Message("user", text)]), add_special_tokens=False)
-            )
-        found.append(text)
-    if size + ANSWER_TOKENS > config.max_kv_cache_length:
-        raise ConfigError(f"--prompt {tokens}: with an answer the context does not hold it")
-    return found
 
 
 def check(
     config: JupiterConfig, folder: Path, costs: Costs, load: Workload, best: Prediction
 ) -> list[dict[str, object]]:
     """Run the splits, print predicted beside measured, and return the same for the JSON line."""
-    prompts = prompts_of(config, folder, load.prompt)
+    if load.prompt + ANSWER_TOKENS > config.max_kv_cache_length:
+        raise ConfigError(f"--prompt {load.prompt}: with an answer the context does not hold it")
+    prompts = prompts_of(folder, load.prompt, ANSWERS + 1)
     told = []
     print("split, greedy: predicted, measured, predicted / measured")
     for split in splits_to_check(costs.num_layers, best.split):
@@ -133,7 +81,7 @@ def _compare(config: JupiterConfig, costs: Costs, load: Workload, took: Took) ->
     split = config.stage_num_hidden_layers_list
     rows = took.rows
     chunks = prefill_chunks(rows, len(split), config.num_sub_sequences, config.max_sub_sequence_len)
-    found = predict(costs, split, _met(load, took), chunks)
+    found = predict(costs, split, met(load, took), chunks)
     pairs = {
         "ttft_ms": (1000 * found.ttft_s, 1000 * statistics.median(took.ttft_s)),
         "ms_per_token": (
@@ -152,14 +100,6 @@ def _compare(config: JupiterConfig, costs: Costs, load: Workload, took: Took) ->
             f"{name}_ratio": round(ratio, 4),
         }
     return told
-
-
-def _met(load: Workload, took: Took) -> Workload:
-    from dataclasses import replace
-
-    nearest = min(load.drafts, key=lambda draft: abs(draft.nodes - took.nodes))
-    draft = Draft(nearest.nodes, nearest.depth, statistics.fmean(took.tokens_per_step))
-    return replace(load, prompt=took.rows, context=took.rows + ANSWER_TOKENS // 2, drafts=[draft])
 
 
 def _per_token(took: Took) -> list[float]:

@@ -48,8 +48,11 @@ class Costs:
 
         crowded: others are under way, so that the stage leaves cores to those of its host.
         """
-        seconds = self.fixed_s(rank) + layers * self.layer_s(rank, rows, context)
-        return seconds * self.crowd(rank) if crowded else seconds
+        seconds = layers * self.layer_s(rank, rows, context)
+        if not crowded:
+            return self.fixed_s(rank) + seconds
+        busy_ms = self.profile.links[rank - 1].busy_ms if rank else 0.0
+        return self.fixed_s(rank) + busy_ms / 1000.0 + seconds * self.crowd(rank)
 
     def crowd(self, rank: int) -> float:
         """How many times longer a stage takes for the cores that it leaves to others."""

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,10 @@ from msgspec.structs import replace
 
 from engine.config import JupiterConfig
 from engine.errors import ConfigError, EngineError
+from engine.model.config import ModelConfig
 from engine.paths import cache_dir
+from engine.planning.answers import Took, prompts_of, take_answers
+from engine.planning.overhead import with_overhead
 from engine.planning.profiles import Profile, read_profile, write_profile
 from engine.protocol import EventEnvelope, Profiled
 
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from engine.client import EngineClient, Update
 
 Say = Callable[[str], None]
+PROMPT = 512
+"""Tokens of the prompts that are asked of the stages that are measured, or half the context."""
+PROMPTS = 4
 
 
 def about(config: JupiterConfig) -> dict[str, str]:
@@ -70,13 +76,13 @@ def named_profile(config: JupiterConfig, name: str) -> Profile:
 
 
 async def profile_of(
-    config: JupiterConfig, layers: int, say: Say, *, again: bool = False
+    config: JupiterConfig, folder: Path, say: Say, *, again: bool = False
 ) -> Profile:
     """The profile of the config's stages: the one named, the one kept, or one measured now.
 
     Args:
         config: its split may be any; `plan_profile` names a file that goes before measuring.
-        layers: of the model.
+        folder: of the model.
         say: gets a line for people before something takes long.
         again: measure even where there is one.
 
@@ -88,27 +94,30 @@ async def profile_of(
         return named_profile(config, config.plan_profile)
     if not again and (found := cached(config)) is not None:
         return found
-    world = config.world_size
+    world, layers = config.world_size, ModelConfig.from_folder(folder).num_hidden_layers
     if world > layers:
         raise ConfigError(f"{world} stages are more than the {layers} layers of the model")
     say(f"measuring {world} stage{'s' if world > 1 else ''}")
     each, more = divmod(layers, world)
     even = [each + (rank < more) for rank in range(world)]
-    profile = await measured(replace(config, stage_num_hidden_layers_list=even, num_stages=None))
-    profile = replace(profile, about=about(config))
+    one = replace(config, stage_num_hidden_layers_list=even, num_stages=None)
+    tokens = min(PROMPT, config.max_kv_cache_length // 2)
+    profile, took = await measured(one, prompts_of(folder, tokens, PROMPTS))
+    profile = replace(with_overhead(one, folder, profile, took), about=about(config))
     write_profile(cache_path(config), profile)
     return profile
 
 
-async def measured(config: JupiterConfig) -> Profile:
-    """Start an engine of `config`, measure it, and stop it. Raises EngineError."""
+async def measured(config: JupiterConfig, prompts: Sequence[str]) -> tuple[Profile, Took]:
+    """Start an engine of `config`, have it answer, measure it, and stop it. Raises EngineError."""
     from engine.client import EngineClient
 
     watcher = Watcher()
     client = EngineClient(config, listener=watcher)
     try:
         await client.start()
-        return await watcher.measure(client)
+        took = await take_answers(client, prompts)
+        return await watcher.measure(client), took
     finally:
         await client.stop()
 

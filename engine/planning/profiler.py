@@ -3,7 +3,8 @@
 Rank 0 sends orders round the ring of stages, each of which does its part and passes them on:
 every stage alone, one after the other; all at once, as they share cores; then each link by
 messages to the next stage and short answers. What is timed is what answers requests: the stage's
-own `run` and `judge`, and the link's own messages.
+own `run` and `judge`, and the link's own messages. A stage alone is timed as it is when its turn
+comes: its weights are no longer in the processor's caches, its threads sleep.
 """
 
 from __future__ import annotations
@@ -41,8 +42,12 @@ SEQUENCES = (1, 4, 16)
 BUDGET_S = 0.2
 """For each size; two times at least, whatever they take, and the first is no measurement."""
 MOST = 7
+COLD_BYTES = 64 << 20
+"""Written before each time on a CPU: more than its caches hold."""
 TOGETHER_S = 0.5
 TOGETHER_ROWS = 64
+SHARED_ROWS = 128
+"""Of a chunk as long as most: it reads its weights while others are under way as well."""
 PINGS = 20
 BIG_PINGS = 3
 BIG_ROWS = 256
@@ -234,16 +239,19 @@ def measure_stage(stage: Stage, world: int) -> DeviceProfile:
     far = min(FAR, context // 2)
     rows = [n for n in ROWS if n <= context - far]
     layers = len(stage.model.model.layers)
+    held = memory_bytes(stage.device)
+    cool = cooler(stage.device)
     for start in range(0, far, rows[-1]):
         run_s(stage, rows[-1], start)  # rows of the context that are seen must be real
-    tables = [_rising([_least_s(partial(run_s, stage, n, at)) for n in rows]) for at in (0, far)]
-    held = memory_bytes(stage.device)
-    judging = _measure_judging(stage) if stage.last else {}
-    shared = min(TOGETHER_ROWS, context)
+    tables = [
+        _rising([_least_s(partial(run_s, stage, n, at), cool) for n in rows]) for at in (0, far)
+    ]
+    judging = _measure_judging(stage, cool) if stage.last else {}
+    long = partial(run_s, stage, min(SHARED_ROWS, context), 0)
     stage.share(world)
-    shared_s = _least_s(partial(run_s, stage, shared, 0))
+    shared_s = _least_s(long)
     stage.share(1)
-    whole_s = _least_s(partial(run_s, stage, shared, 0))
+    whole_s = _least_s(long)
     return DeviceProfile(
         name=str(stage.device),
         host=f"{platform.node()}/{stage.device}",
@@ -272,7 +280,19 @@ def run_s(stage: Stage, rows: int, context: int) -> float:
         return time.perf_counter() - began
 
 
-def _measure_judging(stage: Stage) -> dict[str, Any]:
+def cooler(device: torch.device) -> Callable[[], None]:
+    """What leaves a stage as another one's turn does: caches full of other things."""
+    if device.type != "cpu":
+        return lambda: None
+    other = torch.zeros(COLD_BYTES, dtype=torch.uint8)
+
+    def cool() -> None:
+        other.add_(1)
+
+    return cool
+
+
+def _measure_judging(stage: Stage, cool: Callable[[], None]) -> dict[str, Any]:
     heads = stage.model.heads.num_heads
     width = CANDIDATES if heads else 0
     # Sequential heads draft along a tree; one of the size that pays as a rule.
@@ -290,7 +310,7 @@ def _measure_judging(stage: Stage) -> dict[str, Any]:
                 stage.judge(entries, hidden)
                 return time.perf_counter() - began
 
-        return 1000.0 * _least_s(seconds)
+        return 1000.0 * _least_s(seconds, cool)
 
     found: dict[str, Any] = {
         "judge_nodes": NODES,
@@ -317,11 +337,15 @@ def _judged(nodes: int, width: int, heads: int, along: Tree | None) -> Entry:
     )
 
 
-def _least_s(seconds: Callable[[], float]) -> float:
-    """The least of some times: nothing but the work itself can make it longer."""
+def _least_s(seconds: Callable[[], float], before: Callable[[], None] = lambda: None) -> float:
+    """The least of some times, with `before` before each: nothing but the work can make it longer.
+
+    What does so in everyday use is in the figures of whole answers, see overhead.py.
+    """
     seconds()
     times: list[float] = []
     while not times or (len(times) < MOST and sum(times) + times[-1] < BUDGET_S):
+        before()
         times.append(seconds())
     return min(times)
 

@@ -101,6 +101,9 @@ class LinkProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Of a small message, with the receiver's waking up."""
     mbit_per_s: Positive | None = None
     """Million bits per second; None where messages are too small to tell."""
+    busy_ms: NotNegative = 0.0
+    """What it takes more to receive one while the sender computes the next: its threads have to
+    wait for a core."""
 
     def transfer_s(self, size: int) -> float:
         """Seconds that `size` bytes keep the link, latency aside."""

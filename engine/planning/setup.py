@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from dataclasses import replace as with_fields
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -12,6 +14,7 @@ from engine.config import JupiterConfig
 from engine.decoding.tree import Tree, choose_tree
 from engine.decoding.tuner import TreeTuner
 from engine.model.config import ModelConfig
+from engine.planning.answers import ANSWER_TOKENS, Took
 from engine.planning.costs import Costs
 from engine.planning.memory import DTYPE_BYTES, read_sizes
 from engine.planning.planner import PLAIN, Draft, Workload
@@ -64,6 +67,14 @@ def workload(config: JupiterConfig, folder: Path, prompt: int, sequences: int) -
         num_heads=heads,
         longest_chunk=longest_chunk(config),
     )
+
+
+def met(load: Workload, took: Took) -> Workload:
+    """The workload of answers that were taken: their prompt's length, their tree and its tokens."""
+    nearest = min(load.drafts, key=lambda draft: abs(draft.nodes - took.nodes))
+    draft = Draft(nearest.nodes, nearest.depth, statistics.fmean(took.tokens_per_step))
+    context = took.rows + ANSWER_TOKENS // 2
+    return with_fields(load, prompt=took.rows, context=context, drafts=[draft])
 
 
 def _drafts(config: JupiterConfig, heads_path: Path, num_heads: int) -> list[Draft]:

@@ -41,7 +41,7 @@ class JupiterConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
     init_method: Annotated[str, Meta(pattern=r"^(tcp|file|env)://")] = "tcp://127.0.0.1:23000"
     distributed_backend: Literal["gloo", "nccl"] = "gloo"
     distributed_timeout_minutes: Annotated[float, Meta(gt=0)] = 60.0
-    link_dtype: Literal["exact", "bfloat16", "int8"] = "exact"
+    link_dtype: Literal["exact", "auto", "bfloat16", "int8"] = "exact"
     device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
     num_threads: PositiveInt | None = None
     torch_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -269,6 +269,11 @@ class StageTelemetry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Seconds spent sending, and receiving once a message has begun to arrive."""
     idle_s: float = 0.0
     """Seconds with nothing to do."""
+    link_dtype: str = ""
+    """In what form hidden states leave for the next stage, see engine/pipeline/wire.py; empty
+    where there is one stage."""
+    sent_bytes: int = 0
+    """Of all messages to the next stage, or from the last one to the first."""
     decode_steps: int = 0
     """Micro-batches that were decode steps, of any number of sequences."""
     decode_busy_s: float = 0.0

@@ -78,6 +78,8 @@ class StageView:
     """Prompt tokens over computing time, likewise."""
     link_step_ms: float | None = None
     """Link time over micro-batches, likewise."""
+    link_step_bytes: float | None = None
+    """Bytes sent over micro-batches, likewise; None where there is no link."""
     rows_per_s: float | None = None
 
     @property
@@ -138,6 +140,7 @@ class _Stage:
         self.decode_step_ms: float | None = None
         self.prefill_tokens_per_s: float | None = None
         self.link_step_ms: float | None = None
+        self.link_step_bytes: float | None = None
         self.rows_per_s: float | None = None
 
     def add(self, new: StageTelemetry, now: float) -> None:
@@ -153,6 +156,9 @@ class _Stage:
         self.rows_per_s = (new.rows - old.rows) / span
         if new.steps > old.steps:
             self.link_step_ms = 1000 * link / (new.steps - old.steps)
+            if new.link_dtype:
+                sent = new.sent_bytes - old.sent_bytes
+                self.link_step_bytes = sent / (new.steps - old.steps)
         if new.decode_steps > old.decode_steps:
             seconds = new.decode_busy_s - old.decode_busy_s
             self.decode_step_ms = 1000 * seconds / (new.decode_steps - old.decode_steps)
@@ -183,6 +189,7 @@ class _Stage:
             decode_step_ms=self.decode_step_ms,
             prefill_tokens_per_s=self.prefill_tokens_per_s,
             link_step_ms=self.link_step_ms,
+            link_step_bytes=self.link_step_bytes,
             rows_per_s=self.rows_per_s if contact == "live" else None,
         )
 

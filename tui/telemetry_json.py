@@ -250,6 +250,8 @@ def stage_json(stage: StageView) -> dict[str, Any]:
         "decode_judge_s": _rounded(sample.decode_judge_s if sample else None, 6),
         "decode_step_ms": _rounded(stage.decode_step_ms, 4),
         "link_step_ms": _rounded(stage.link_step_ms, 4),
+        "link_dtype": (sample.link_dtype or None) if sample else None,
+        "link_step_bytes": _rounded(stage.link_step_bytes, 1),
         "prefill_rows": sample.prefill_rows if sample else None,
         "prefill_busy_s": _rounded(sample.prefill_busy_s if sample else None, 6),
         "prefill_tokens_per_s": _rounded(stage.prefill_tokens_per_s, 3),

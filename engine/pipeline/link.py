@@ -115,6 +115,7 @@ class Link:
             parts.append(out.part(HEADER_BYTES, size))
         self._sending[turn] = [_group().send([self._on_wire(part)], to, 0) for part in parts]
         self.meter.moved += 1
+        self.meter.sent_bytes += sum(map(len, parts))
 
     def receive(
         self, source: int, meter: StageMeter | None = None

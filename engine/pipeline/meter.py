@@ -43,6 +43,9 @@ class StageMeter:
         self._text = False
         self.moved = 0
         """Messages sent and received, and steps judged."""
+        self.link_dtype = ""
+        """In what form hidden states leave; empty where there is no link."""
+        self.sent_bytes = 0
         self._since = clock()
         self.steps = 0
         """Micro-batches computed."""

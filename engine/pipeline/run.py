@@ -20,6 +20,7 @@ from engine.errors import StageLostError
 from engine.pipeline.build import Plan
 from engine.pipeline.group import stages_here, tick_seconds
 from engine.pipeline.link import Kind, Link
+from engine.pipeline.link_policy import agreed_link_dtype
 from engine.pipeline.memory import kv_rows
 from engine.pipeline.meter import StageMeter
 from engine.pipeline.rehearsal import rehearse
@@ -72,7 +73,7 @@ def run_rank(
             dtype=plan.dtype,
             device=stage.device,
             nccl=dist.get_backend() == "nccl",
-            link_dtype=plan.config.link_dtype,
+            link_dtype=agreed_link_dtype(plan.config, stage, rank),
         )
     if stage.kv_rows is None:
         stage.kv_rows = kv_rows(stage, stages_here(plan.config))
@@ -180,6 +181,7 @@ def _measured(stage: Stage, link: Link | None, emit: Callable[[Event], None]) ->
     stage.meter = StageMeter()
     if link is not None:
         link.meter = stage.meter
+        stage.meter.link_dtype = link.form.kind
     return TelemetrySender(stage, emit)
 
 

@@ -60,6 +60,8 @@ class TelemetrySender:
             wait_s=spent.wait,
             link_s=spent.link,
             idle_s=spent.idle,
+            link_dtype=meter.link_dtype,
+            sent_bytes=meter.sent_bytes,
             steps=meter.steps,
             rows=meter.rows,
             decode_steps=meter.decode_steps,

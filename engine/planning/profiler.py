@@ -39,7 +39,7 @@ FAR = 1024
 """Tokens of the longer context; what lies between, or behind, is taken for linear."""
 NODES = (1, 4, 16, 64)
 SEQUENCES = (1, 4, 16)
-BUDGET_S = 0.2
+BUDGET_S = 0.4
 """For each size; two times at least, whatever they take, and the first is no measurement."""
 MOST = 7
 COLD_BYTES = 64 << 20
@@ -182,7 +182,7 @@ def _decoded(numbers: Sequence[int]) -> tuple[Op, int, list[Any]]:
 
 
 def joined(alone: Sequence[DeviceProfile], together_ms: Sequence[float]) -> list[DeviceProfile]:
-    """The devices with their slowdowns; stages of one device are as fast as they are on average.
+    """The devices with their slowdowns; stages of one device are as fast as the fastest of them.
 
     together_ms: milliseconds of a run of TOGETHER_ROWS on each stage while all of them computed.
     """
@@ -192,9 +192,8 @@ def joined(alone: Sequence[DeviceProfile], together_ms: Sequence[float]) -> list
     for device, key in zip(alone, keys, strict=True):
         same = [rank for rank, other in enumerate(keys) if other == key]
         tables = [alone[rank].layer_ms for rank in same]
-        mean = tuple(
-            tuple(statistics.fmean(times) for times in zip(*rows, strict=True))
-            for rows in zip(*tables, strict=True)
+        least = tuple(
+            tuple(map(min, zip(*rows, strict=True))) for rows in zip(*tables, strict=True)
         )
         crowd = [rank for rank, other in enumerate(keys) if other[0] == key[0]]
         slowdown = statistics.fmean(ratios[rank] for rank in crowd) if len(crowd) > 1 else 1.0
@@ -203,7 +202,7 @@ def joined(alone: Sequence[DeviceProfile], together_ms: Sequence[float]) -> list
         found.append(
             msgspec.structs.replace(
                 device,
-                layer_ms=mean,
+                layer_ms=least,
                 slowdown=max(1.0, slowdown, shared),
                 share_slowdown=shared,
             )
@@ -243,15 +242,19 @@ def measure_stage(stage: Stage, world: int) -> DeviceProfile:
     cool = cooler(stage.device)
     for start in range(0, far, rows[-1]):
         run_s(stage, rows[-1], start)  # rows of the context that are seen must be real
-    tables = [
-        _rising([_least_s(partial(run_s, stage, n, at), cool) for n in rows]) for at in (0, far)
-    ]
+    cases = [partial(run_s, stage, n, at) for at in (0, far) for n in rows]
+    times = _least_s(cases, cool)
+    tables = [_rising(times[: len(rows)]), _rising(times[len(rows) :])]
     judging = _measure_judging(stage, cool) if stage.last else {}
     long = partial(run_s, stage, min(SHARED_ROWS, context), 0)
-    stage.share(world)
-    shared_s = _least_s(long)
-    stage.share(1)
-    whole_s = _least_s(long)
+
+    def shared() -> float:
+        stage.share(world)
+        seconds = long()
+        stage.share(1)
+        return seconds
+
+    whole_s, shared_s = _least_s([long, shared])
     return DeviceProfile(
         name=str(stage.device),
         host=f"{platform.node()}/{stage.device}",
@@ -299,29 +302,34 @@ def _measure_judging(stage: Stage, cool: Callable[[], None]) -> dict[str, Any]:
     hydra = stage.model.heads.kind == "hydra"
     along = choose_tree("mc_16", heads) if hydra else None
 
-    def ms(nodes: int, sequences: int = 1, *, width: int = width, heads: int = 0) -> float:
+    def case(
+        nodes: int, sequences: int = 1, *, width: int = width, heads: int = 0
+    ) -> Callable[[], float]:
         entries = [_judged(nodes, width, heads, along) for _ in range(sequences)]
         hidden = torch.randn(nodes * sequences, stage.model.config.hidden_size)
-        hidden = hidden.to(stage.device, stage.dtype)
+        return partial(_judge_s, stage, entries, hidden.to(stage.device, stage.dtype))
 
-        def seconds() -> float:
-            with stage.meter.muted():
-                began = time.perf_counter()
-                stage.judge(entries, hidden)
-                return time.perf_counter() - began
-
-        return 1000.0 * _least_s(seconds, cool)
-
+    cases = [case(nodes) for nodes in NODES] + [case(1, count) for count in SEQUENCES]
+    if heads:
+        cases += [case(1, width=0), case(1, heads=1)]
+    ms = [1000.0 * seconds for seconds in _least_s(cases, cool)]
+    trees = len(NODES)
     found: dict[str, Any] = {
         "judge_nodes": NODES,
-        "judge_ms": tuple(ms(nodes) for nodes in NODES),
+        "judge_ms": tuple(ms[:trees]),
         "judge_sequences": SEQUENCES,
-        "judge_sequences_ms": tuple(ms(1, sequences) for sequences in SEQUENCES),
+        "judge_sequences_ms": tuple(ms[trees : trees + len(SEQUENCES)]),
     }
     if heads:
-        found["undrafted_ms"] = ms(1, width=0)
-        found["one_head_ms"] = ms(1, heads=1)
+        found["undrafted_ms"], found["one_head_ms"] = ms[-2:]
     return found
+
+
+def _judge_s(stage: Stage, entries: Sequence[Entry], hidden: Tensor) -> float:
+    with stage.meter.muted():
+        began = time.perf_counter()
+        stage.judge(entries, hidden)
+        return time.perf_counter() - began
 
 
 def _judged(nodes: int, width: int, heads: int, along: Tree | None) -> Entry:
@@ -337,17 +345,23 @@ def _judged(nodes: int, width: int, heads: int, along: Tree | None) -> Entry:
     )
 
 
-def _least_s(seconds: Callable[[], float], before: Callable[[], None] = lambda: None) -> float:
-    """The least of some times, with `before` before each: nothing but the work can make it longer.
+def _least_s(
+    cases: Sequence[Callable[[], float]], before: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Of each case the least of some times, with `before` before each.
 
-    What does so in everyday use is in the figures of whole answers, see overhead.py.
+    Nothing but the work can make it longer; what does so in everyday use is in the figures of whole
+    answers, see overhead.py. The cases take turns, so that no disturbance meets all times of one.
     """
-    seconds()
-    times: list[float] = []
-    while not times or (len(times) < MOST and sum(times) + times[-1] < BUDGET_S):
-        before()
-        times.append(seconds())
-    return min(times)
+    for case in cases:
+        case()
+    times: list[list[float]] = [[] for _ in cases]
+    for _ in range(MOST):
+        for own, case in zip(times, cases, strict=True):
+            if not own or sum(own) + own[-1] < BUDGET_S:
+                before()
+                own.append(case())
+    return [min(own) for own in times]
 
 
 def _rising(times: Sequence[float]) -> list[float]:

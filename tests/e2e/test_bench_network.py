@@ -54,15 +54,17 @@ def test_all_three_answer_the_same_over_shaped_and_slow_links(config: Path) -> N
     if reason := missing():
         pytest.skip(reason)
     few = ["--prompts", "1", "--words", "5", "--max_new_tokens", "6"]
-    done = bench(config, *few, "--mbit", "100", "--latency_ms", "5")
+    done = bench(config, *few, "--mbit", "1", "--latency_ms", "5", "--rounded", "auto")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| 1 of 1 |") == 3  # greedy, so the same tokens
+    assert done.stdout.count("| 1 of 1 |") >= 3  # greedy, so the same tokens
+    # A row is on its way for longer than this model's three small stages compute it.
+    assert "| jupiter, auto links (int8) |" in done.stdout
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["bench"] == "network"
-    assert set(told["ratios"]) == {"vs_lockstep_100mbit_5ms", "vs_tensor_parallel_100mbit_5ms"}
+    assert set(told["ratios"]) == {"vs_lockstep_1mbit_5ms", "vs_tensor_parallel_1mbit_5ms"}
     assert all(ratio > 0 for ratio in told["ratios"].values())
     # Two sums in each of four layers for each of six tokens, none sooner than a message comes.
-    (seconds,) = told["seconds"]["100mbit_5ms"]["tensor"]
+    (seconds,) = told["seconds"]["1mbit_5ms"]["tensor"]
     assert seconds > 2 * 4 * 6 * 0.005
 
 

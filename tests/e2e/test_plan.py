@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -9,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.client import EngineClient
 from engine.config import config_json, parse_config
 from engine.planning.profiles import read_profile
-from tests.tiny import tiny_folder
+from engine.protocol import Failed, SamplingParams, Tokens
+from engine.text import TextCodec
+from tests.tiny import reference, tiny_folder
 
+PROMPTS = ("once upon a time " * 10, "short", "a prompt of chunks, and then of steps " * 4)
+NEW_TOKENS = 12
 JUPITER = [sys.executable, "-m", "engine.cli.main"]
 
 
@@ -52,6 +58,26 @@ def unlike(path: Path) -> Path:
     return path
 
 
+async def tokens_of(client: EngineClient, text: str) -> list[int]:
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    found: list[int] = []
+    async for event in client.submit(prompt=text, params=params):
+        assert not isinstance(event, Failed), event.message
+        if isinstance(event, Tokens):
+            found += event.token_ids
+    return found
+
+
+def plain_tokens(text: str) -> list[int]:
+    """What transformers answers greedily."""
+    codec = TextCodec(tiny_folder(), tiny_folder() / "tokenizer.json", [259])
+    ids = torch.tensor([codec.encode(text, add_special_tokens=True)])
+    seen = torch.ones_like(ids)
+    out = reference().generate(ids, attention_mask=seen, max_new_tokens=NEW_TOKENS, do_sample=False)
+    found: list[int] = out[0, ids.shape[1] :].tolist()
+    return found
+
+
 def test_live_stages_are_measured_once_and_planned(tmp_path: Path) -> None:
     config, kept = written(tmp_path / "config.json"), tmp_path / "profile.json"
     done = jupiter("plan", "--config", str(config), "--prompt", "100", "--output", str(kept))
@@ -80,8 +106,11 @@ async def test_an_engine_comes_up_with_the_planned_split(tmp_path: Path) -> None
     client = EngineClient(parse_config(json.loads(path.read_text()), "test"))
     try:
         ready = await client.start()
+        answers = await asyncio.gather(*(tokens_of(client, text) for text in PROMPTS))
     finally:
         await client.stop()
+    # In planned chunks through planned stages, side by side: the plain model's tokens.
+    assert answers == [plain_tokens(text) for text in PROMPTS]
     assert sum(ready.stages) == 6 and ready.stages[0] < ready.stages[1]
     assert tuple(client.config.stage_num_hidden_layers_list) == ready.stages
     assert sum(client.config.prefill_plan["256"]) == 256

@@ -22,6 +22,8 @@ from engine.protocol import (
 from engine.updates import ClientState, StateChanged
 from tests.tui.fake_client import READY
 from tui.telemetry import BUCKET_S, HISTORY, STALE_S, Shares, TelemetryStore
+from tui.telemetry_json import stage_json
+from tui.widgets.stage_card import card
 
 
 class Engine:
@@ -96,6 +98,24 @@ def test_shares_are_those_of_the_time_between_the_last_two_samples(engine: Engin
     assert stage.link_step_ms == pytest.approx(10)
     assert stage.past == (stage.shares,)
     assert stage.memory_share == pytest.approx(0.3)
+
+
+def test_a_hop_is_told_by_its_bytes_and_their_form(engine: Engine) -> None:
+    engine.event(sample(steps=10, sent_bytes=5_000, link_dtype="int8"))
+    engine.event(sample(busy_s=0.5, steps=20, sent_bytes=95_000, link_dtype="int8"))
+    stage = engine.store.view().stages[0]
+    assert stage.link_step_bytes == pytest.approx(9_000)
+    assert ", 8.8 KiB int8 " in card(stage, 140).plain
+    told = stage_json(stage)
+    assert (told["link_dtype"], told["link_step_bytes"]) == ("int8", 9_000)
+
+
+def test_one_stage_has_no_hop(engine: Engine) -> None:
+    engine.event(sample(steps=10))
+    engine.event(sample(busy_s=0.5, steps=20))
+    stage = engine.store.view().stages[0]
+    assert stage.link_step_bytes is None
+    assert stage_json(stage)["link_dtype"] is None
 
 
 def test_the_time_of_a_step_is_of_the_last_sample_that_had_steps(engine: Engine) -> None:

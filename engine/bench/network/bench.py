@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--rounded",
-        choices=("bfloat16", "int8"),
+        choices=("auto", "bfloat16", "int8"),
         help="our pipeline once more, with hidden states rounded on the links",
     )
     parser.add_argument(
@@ -223,11 +223,13 @@ def _measure(
     answers: Answers = {}
     with ExitStack() as stack:
         stack.callback(rig.delay, 0)
+        rig.shape(wires[0].mbit)  # "auto" measures it as the stages come together
         for index, player in enumerate(players):
             _say(f"loading {player.name}")
             stack.callback(player.stop)
-            own = replace(config, link_dtype=args.rounded) if index == 3 else config
-            player.start(rig, own, folder, PORT + index)
+            # Greedy by config would keep "auto" from rounding; each question asks for it anyhow.
+            rounded = replace(config, link_dtype=args.rounded, sampling="typical")
+            player.start(rig, rounded if index == 3 else config, folder, PORT + index)
             player.read()
         for wire in wires:
             rig.shape(wire.mbit)
@@ -269,7 +271,9 @@ def _report(
             tokens = sum(len(each["tokens"]) for each in theirs)
             per_token = 1000 * sum(each["seconds"] for each in theirs) / tokens
             same = sum(a["tokens"] == b["tokens"] for a, b in zip(theirs, ours, strict=True))
-            print(f"| {wire} | {name} | {seconds:.2f} | {per_token:.1f} | {same} of {len(ours)} |")
+            form = f" ({theirs[0]['link']})" if name.endswith("links") else ""
+            figures = f"{seconds:.2f} | {per_token:.1f} | {same} of {len(ours)}"
+            print(f"| {wire} | {name}{form} | {figures} |")
         for ratio, name in OTHERS.items():
             # Per token, so that an answer that ends sooner wins nothing.
             pairs = zip(found[name], ours, strict=True)

@@ -38,6 +38,7 @@ from engine.protocol import (
     Message,
     SamplingParams,
     Shutdown,
+    StageTelemetry,
     Tokens,
 )
 from engine.text import TextCodec
@@ -114,6 +115,7 @@ def _run_jupiter(plan: Plan, stage: Stage, rank: int) -> None:
     ended = threading.Event()
     began = 0.0
     tokens: list[int] = []
+    link = ""
 
     def ask() -> None:
         nonlocal began, tokens
@@ -131,14 +133,18 @@ def _run_jupiter(plan: Plan, stage: Stage, rank: int) -> None:
         inbox.put(Shutdown())
 
     def emit(event: Event) -> None:
+        nonlocal link
         match event:
+            case StageTelemetry():
+                link = event.link_dtype
             case EngineReady():
                 _tell({"ready": True})
             case Tokens():
                 tokens.extend(event.token_ids)
             case Finished():
                 seconds = time.perf_counter() - began
-                _tell({"seconds": seconds, "tokens": tokens, "prompt": event.prompt_tokens})
+                told = {"seconds": seconds, "tokens": tokens, "prompt": event.prompt_tokens}
+                _tell({**told, "link": link})
                 ended.set()
             case Failed():
                 _tell({"error": event.message})

@@ -237,7 +237,8 @@ class EngineSession:
             ConfigError, CheckpointError: the config does not fit; the engine was not touched.
             EngineError: the new engine did not come up; one line that tells what runs now.
         """
-        if self.snapshot.phase not in ("ready", "failed"):
+        # One that waits for another machine need not wait any longer.
+        if self.snapshot.phase not in ("ready", "failed", "recovering"):
             raise EngineError(f"the engine is {self.snapshot.phase}: it cannot be changed now")
         before = self.snapshot
         self._tell(f"checking {_split(config)}")

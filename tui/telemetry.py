@@ -14,6 +14,7 @@ from statistics import median
 from typing import Literal
 
 from engine.protocol import (
+    NODE_PIDS,
     TELEMETRY_INTERVAL_S,
     EngineReady,
     EventEnvelope,
@@ -62,6 +63,8 @@ class StageView:
     layers: int | None = None
     phase: str = "waiting"
     pid: int | None = None
+    node: str = ""
+    """The name of the machine, where it is another."""
     contact: Contact = "waiting"
     """"waiting": it has sent no figures yet."""
     age_s: float | None = None
@@ -180,7 +183,8 @@ class _Stage:
             first_layer=sum(split[:rank]) if rank < len(split) else None,
             layers=split[rank] if rank < len(split) else None,
             phase=phase,
-            pid=state.pid if state and state.pid else None,
+            pid=state.pid % NODE_PIDS if state and state.pid else None,
+            node=state.node if state else "",
             contact=contact,
             age_s=age,
             sample=sample,

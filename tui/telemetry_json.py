@@ -224,6 +224,7 @@ def stage_json(stage: StageView) -> dict[str, Any]:
         "first_layer": stage.first_layer,
         "layers": stage.layers,
         "pid": stage.pid,
+        "node": stage.node or None,
         "phase": stage.phase,
         "contact": stage.contact,
         "age_s": _rounded(stage.age_s, 3),

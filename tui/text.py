@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from engine.protocol import NODE_PIDS
+
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 
 # Control characters become visible signs of their own, so that nothing is hidden and nothing is
@@ -29,6 +31,11 @@ def harmless(text: str) -> str:
 def log_text(text: str) -> str:
     """Lines of a log for people: colour codes are taken out, the rest is made harmless."""
     return harmless(_ANSI.sub("", text))
+
+
+def process(pid: int, node: str) -> str:
+    """A worker's process for people, and the machine where it is another one."""
+    return f"pid {pid % NODE_PIDS}{f' on {harmless(node)}' if node else ''}"
 
 
 def pasted(text: str) -> str:

@@ -18,52 +18,25 @@ from pathlib import Path
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from engine.endpoint import waiting_frames
 from engine.errors import ConfigError, EngineError
 from engine.nodes.address import Address, own_interface
 from engine.nodes.attached import Attached
 from engine.nodes.messages import (
     BEAT_S,
-    LOST_S,
     MAX_BYTES,
-    VERSION,
-    Answered,
-    Asked,
-    Beat,
     Begin,
-    Change,
-    Doing,
-    End,
-    Ended,
-    Exit,
-    Failed,
     Goodbye,
-    Join,
-    Leave,
-    Logged,
-    Part,
     Prepare,
-    Prepared,
-    Queued,
-    Refused,
-    Rejoin,
-    ToFirst,
     ToNode,
-    Wanted,
-    decode_to_first,
-    encode,
-    release,
 )
-from engine.nodes.messages import Seat as SeatTaken
-from engine.nodes.seats import Seat, choose
+from engine.nodes.seats import Seat
+from engine.nodes.switchboard import Switchboard
 from engine.nodes.token import new_token
-from engine.nodes.weights import Artifact, read_part
+from engine.nodes.weights import Artifact
 
 HANDSHAKE_MS = 5000
 LINGER_MS = 300
 GOODBYE_S = 1.0
-SLEPT_S = 1.0
-"""A look round that comes so late tells that it was this process that stood still."""
 LISTEN = "--listen"
 
 Lost = Callable[[int, str], None]
@@ -89,12 +62,9 @@ class Hub:
         self.invitation = f"jupiter join {address.text} --token {token.text()}"
         """The command for the other machines."""
         self._prepare: Prepare | None = None
-        self._sources: tuple[list[Path], list[Path]] = ([], [])
-        self._attached: Attached | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
         self._on_lost: Lost | None = None
-        self._looked = time.monotonic()
         self._context = zmq.Context()
         self._auth = ThreadAuthenticator(self._context)
         self._auth.start()
@@ -105,7 +75,11 @@ class Hub:
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._wake_read, zmq.POLLIN)
+        self._board = Switchboard(
+            self._context, self._router, self._poller, self.seats, self._tell_lost, self._notify
+        )
         self._closing = self._closed = False
+        self._failure = ""
         self._close_at = 0.0
         self._thread = threading.Thread(target=self._run, name="jupiter-hub", daemon=True)
         self._thread.start()
@@ -182,15 +156,17 @@ class Hub:
         )
         if not same:
             prepare = Prepare(number, model[0], heads[0] if heads else None)
-            self._sources = (model[1], heads[1] if heads else [])
             self._prepare = prepare
             for seat in self.seats:
                 seat.why = "" if seat.taken else seat.why
-            self._call(lambda: self._send_to_all(prepare))
+            model_files, head_files = model[1], heads[1] if heads else []
+            self._call(lambda: self._board.prepare(prepare, model_files, head_files))
         assert self._prepare is not None
         said = ""
         while True:
             self._changed.clear()
+            if self._failure:
+                raise EngineError(self._failure)
             able = [seat for seat in self.seats if seat.prepared == self._prepare.number]
             ready = [seat for seat in able if not seats or seat.number in seats]
             if len(ready) >= others:
@@ -219,19 +195,19 @@ class Hub:
 
     def attach(self, attached: Attached) -> None:
         """Pass on the frames of this launch from now on."""
-        self._call(lambda: self._attach(attached))
+        self._call(lambda: self._board.attach(attached))
 
     def detach(self, attached: Attached) -> None:
         """Have the other machines end the workers of this launch; idempotent."""
-        self._call(lambda: self._detach(attached))
+        self._call(lambda: self._board.detach(attached))
 
     def begin(self, number: int, begin: Begin) -> None:
         """Have a machine start its workers, or where they run tell it what is new."""
-        self._call(lambda: self._begin(self.seats[number - 1], begin))
+        self._call(lambda: self._board.begin(self.seats[number - 1], begin))
 
     def post(self, number: int, message: ToNode) -> None:
         """Send something to a machine, if it is there."""
-        self._call(lambda: self._send(self.seats[number - 1], message))
+        self._call(lambda: self._board.send(self.seats[number - 1], message))
 
     def _call(self, call: Callable[[], None]) -> None:
         if self._closed:
@@ -244,157 +220,21 @@ class Hub:
     def _run(self) -> None:
         try:
             while not self._closing or self._parting():
-                self._look()
+                ready = dict(self._poller.poll(int(BEAT_S * 1000)))
+                if self._wake_read in ready:
+                    os.read(self._wake_read, 1)
+                    self._calls.get()()
+                self._board.serve(ready)
+                self._board.beat()
         except Exception as error:
-            self._closing = True
-            self._tell_lost(0, f"{type(error).__name__} in the hub: {error}")
-        finally:
-            if self._attached is not None:
-                self._attached.close(self._poller)
-            self._router.close(linger=LINGER_MS)
-
-    def _look(self) -> None:
-        ready = dict(self._poller.poll(int(BEAT_S * 1000)))
-        if self._wake_read in ready:
-            os.read(self._wake_read, 1)
-            self._calls.get()()
-        if self._router in ready:
-            for _ in range(256):
-                try:
-                    identity, frame = self._router.recv_multipart(zmq.NOBLOCK)
-                except zmq.Again:
-                    break
-                except ValueError:  # not two frames: no client of ours
-                    continue
-                self._take(identity, frame)
-        attached = self._attached
-        if attached is not None:
-            if attached.commands in ready:
-                for frame in waiting_frames(attached.commands):
-                    self._send_to_begun(Queued(frame))
-            if attached.exchange in ready:
-                self._answer(attached.asked_here())
-        self._beat()
-
-    def _beat(self) -> None:
-        now = time.monotonic()
-        late = now - self._looked
-        if late < BEAT_S:
-            return
-        self._looked = now
-        for seat in self.seats:
-            if late > SLEPT_S:
-                seat.heard = now
-            if seat.taken and seat.silent_s() > LOST_S:
-                self._lose(seat, f"has been silent for {seat.silent_s():.1f} s")
-            self._send(seat, Beat())
-
-    def _send(self, seat: Seat, message: ToNode) -> None:
-        if seat.taken:
-            self._reply(seat.identity, message)
-
-    def _reply(self, identity: bytes, message: ToNode) -> None:
-        with suppress(zmq.ZMQError):
-            self._router.send_multipart([identity, encode(message)], zmq.NOBLOCK)
-
-    def _send_to_all(self, message: ToNode) -> None:
-        for seat in self.seats:
-            self._send(seat, message)
-
-    def _send_to_begun(self, message: ToNode) -> None:
-        for seat in self.seats:
-            if seat.begun:
-                self._send(seat, message)
-
-    def _take(self, identity: bytes, frame: bytes) -> None:
-        message = decode_to_first(frame)
-        seat = next((seat for seat in self.seats if seat.identity == identity), None)
-        if isinstance(message, Join):
-            if seat is None:
-                self._seat(message, identity)
-        elif seat is None:
-            self._reply(identity, Rejoin())
-        else:
-            seat.heard = time.monotonic()
-            self._handle(seat, message)
-
-    def _seat(self, join: Join, identity: bytes) -> None:
-        if (join.version, join.release) != (VERSION, release()):
-            reason = f"the first machine runs release {release()}, this one {join.release}"
-            self._reply(identity, Refused(reason, passing=False))
-            return
-        seat = choose(self.seats, join)
-        if seat is None:
-            reason = f"all {self.machines} machines are here already"
-            self._reply(identity, Refused(reason, passing=True))
-            return
-        if seat.taken:
-            self._lose(seat, "has lost its connection")
-        seat.take(join, identity)
-        self._send(seat, SeatTaken(seat.number, self.machines))
-        if self._prepare is not None:
-            self._send(seat, self._prepare)
-        self._notify()
-
-    def _handle(self, seat: Seat, message: ToFirst | None) -> None:
-        attached = self._attached
-        match message:
-            case Doing(text):
-                seat.doing = f"{seat.title()}: {text}"
-                self._notify()
-            case Prepared(number):
-                seat.prepared, seat.doing = number, ""
-                self._notify()
-            case Wanted():
-                self._send_part(seat, message)
-            case Failed():
-                self._failed(seat, message)
-            case Leave():
-                self._lose(seat, "was stopped")
-            case _ if attached is None or not seat.begun:
-                return
-            case Queued(frame):
-                attached.event(frame)
-            case Ended(pid):
-                attached.ended(seat.number, pid)
-            case Exit():
-                attached.exited(seat.number, message)
-            case Logged(rank, data) if rank in seat.ranks:
-                attached.log(rank, data)
-            case Asked(asker, frame):
-                self._answer(attached.asked((seat.identity, asker), frame))
-
-    def _answer(self, answers: list[tuple[tuple[bytes, bytes], bytes]]) -> None:
-        for (identity, asker), frame in answers:
-            if identity:
-                self._reply(identity, Answered(asker, frame))
-            elif self._attached is not None:
-                self._attached.answer_here(asker, frame)
-
-    def _send_part(self, seat: Seat, wanted: Wanted) -> None:
-        try:
-            path = self._sources[wanted.heads][wanted.file]
-            data = read_part(path, wanted.offset)
-        except (IndexError, OSError):
-            data = b""
-        self._send(seat, Part(data))
-
-    def _failed(self, seat: Seat, failed: Failed) -> None:
-        if failed.leaves:
-            self._lose(seat, f"was of no use: {failed.message}")
-        elif seat.begun:
-            seat.begun = False
-            self._tell_lost(seat.number, f"{seat.title()}: {failed.message}")
-        else:
-            seat.why = failed.message
+            self._failure = f"{type(error).__name__} in the hub: {error}"
+            for seat in self.seats:
+                if seat.taken:
+                    self._tell_lost(seat.number, self._failure)
             self._notify()
-
-    def _lose(self, seat: Seat, why: str) -> None:
-        worked = seat.begun
-        seat.leave(why)
-        if worked:
-            self._tell_lost(seat.number, f"{seat.title()} {why}")
-        self._notify()
+        finally:
+            self._board.close()
+            self._router.close(linger=LINGER_MS)
 
     def _tell_lost(self, number: int, why: str) -> None:
         on_lost = self._on_lost
@@ -407,32 +247,8 @@ class Hub:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._changed.set)
 
-    def _begin(self, seat: Seat, begin: Begin) -> None:
-        if seat.begun:
-            change = Change(epoch=begin.epoch, workers=begin.workers, config=begin.config)
-            self._send(seat, change)
-        elif seat.taken:
-            seat.begun = True
-            seat.ranks = range(begin.first_rank, begin.first_rank + begin.ranks)
-            self._send(seat, begin)
-
-    def _attach(self, attached: Attached) -> None:
-        if self._attached is not None:
-            self._detach(self._attached)
-        attached.open(self._context, self._poller)
-        self._attached = attached
-
-    def _detach(self, attached: Attached) -> None:
-        if self._attached is not attached:
-            return
-        self._send_to_begun(End())
-        for seat in self.seats:
-            seat.begun = False
-        attached.close(self._poller)
-        self._attached = None
-
     def _say_goodbye(self) -> None:
-        self._send_to_all(Goodbye())
+        self._board.send_to_all(Goodbye())
         self._closing = True
         self._close_at = time.monotonic() + GOODBYE_S
 

@@ -282,7 +282,7 @@ class StagesScreen(Screen[None]):
         match action:
             case "apply":
                 phase = self.snapshot.phase if self.snapshot else ""
-                return draft.changed and phase in ("ready", "failed")
+                return draft.changed and phase in ("ready", "failed", "recovering")
             case "revert":
                 return draft.changed
             case "add":

@@ -11,7 +11,7 @@ from textual.widgets import Static
 from engine.protocol import StageState
 from tui import metrics
 from tui.snapshot import Snapshot
-from tui.text import harmless
+from tui.text import harmless, process
 from tui.themes import DIM
 
 TICK_S = 0.1
@@ -100,7 +100,8 @@ def _stage_line(
     loaded = ""
     if state is not None and state.total:
         loaded = f"{state.done}/{state.total} tensors"
-    pid = f"  pid {state.pid}" if state is not None and state.pid and width >= NARROW else ""
+    where = process(state.pid, state.node) if state is not None and state.pid else ""
+    pid = f"  {where}" if where and width >= NARROW else ""
     tail = f"  {loaded:<15}  {phase:<10}{pid}"
     room = max(0, min(MAX_BAR, width - len(name) - len(tail) - 2))
     done, total = (state.done, state.total) if state is not None else (0, 0)

@@ -14,7 +14,7 @@ from tui import metrics
 from tui.metrics import UNKNOWN
 from tui.sparks import parts, spark
 from tui.telemetry import StageView
-from tui.text import harmless
+from tui.text import harmless, process
 from tui.themes import DIM
 
 MEMORY_WARNING = 0.75
@@ -110,7 +110,7 @@ def _head(stage: StageView, width: int) -> Content:
     if stage.sample is not None and stage.sample.device:
         where = f"  {harmless(stage.sample.device)} · {harmless(stage.sample.device_name)}"
     contact, style = _contact(stage)
-    pid = f"  pid {stage.pid}" if stage.pid and width >= NARROW else ""
+    pid = f"  {process(stage.pid, stage.node)}" if stage.pid and width >= NARROW else ""
     right = Content.assemble((contact, style), (pid, DIM), " ", (LOG, "$text-accent underline"))
     left = Content.assemble((f"stage {stage.rank}", "bold"), layers, (where, DIM))
     room = max(0, width - right.cell_length - 1)

@@ -347,7 +347,7 @@ class EngineClient:
     def _on_node_lost(self, number: int, cause: str) -> None:
         """Another machine has left, or cannot go on."""
         if self._crew is not None and any(seat.number == number for seat in self._machines):
-            self._crew.node_lost(number)
+            self._crew.node_lost(number, cause)
             self._on_loss(Hang(None, cause))
 
     async def _give_up(self, error: EngineError) -> None:

@@ -71,6 +71,8 @@ class Crew:
         self._spoke = asyncio.Event()
         self._broken = False
         """In this epoch a process has ended that is missed."""
+        self._node_lost = ""
+        """Why another machine has been lost in this epoch."""
         self.queue = QueueClient(
             self.launch.run_dir.events,
             self.launch.run_dir.commands,
@@ -103,8 +105,9 @@ class Crew:
             self.workers_gone.set()
         return missed
 
-    def node_lost(self, number: int) -> None:
-        """Another machine has left, and all its workers with it."""
+    def node_lost(self, number: int, cause: str) -> None:
+        """Another machine has left, or cannot go on: all its workers are gone."""
+        self._node_lost = cause
         for pid in self.post_mortem.living():
             if pid // NODE_PIDS == number:
                 self.post_mortem.forget(pid)
@@ -113,6 +116,8 @@ class Crew:
 
     async def verdict(self, seconds: float) -> EngineError:
         """Why a process has ended; waits for up to `seconds` until that is clear."""
+        if self._node_lost:
+            return EngineError(self._node_lost)
         await until(lambda: self.torchrun_gone.is_set() or self.post_mortem.clear(), seconds)
         return self.post_mortem.error(self.launch.exit_code())
 
@@ -137,6 +142,7 @@ class Crew:
         self.queue.change_epoch(epoch)
         self._reported.clear()
         self._broken = False
+        self._node_lost = ""
         self.post_mortem = PostMortem(
             self.launch.log_dir, epoch, {pid: living[pid] for pid in spared}
         )

@@ -187,8 +187,9 @@ class Hub:
         return "; ".join(parts) or "waiting for the other machines"
 
     async def steady(self) -> None:
-        """Wait until it is clear of every machine whether it is there."""
-        while not all(seat.steady() for seat in self.seats):
+        """Wait until every machine has been heard once more, or is known to be gone."""
+        since = time.monotonic()
+        while any(seat.taken and seat.heard <= since for seat in self.seats) and not self._failure:
             await asyncio.sleep(BEAT_S / 5)
 
     # --- for the launch, from any thread ---------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from engine.nodes.messages import LOST_S, Join
+from engine.nodes.messages import Join
 
 
 @dataclass
@@ -61,10 +61,6 @@ class Seat:
     def silent_s(self) -> float:
         """Seconds since the machine was heard."""
         return time.monotonic() - self.heard
-
-    def steady(self) -> bool:
-        """Whether it is clear that the machine is there, or that it is not."""
-        return not self.taken or self.silent_s() < LOST_S / 3
 
     def missing(self) -> str:
         """What is said while nobody has it."""

@@ -170,7 +170,7 @@ def _speed(stage: StageView, width: int) -> Content:
     prefill = metrics.rate(stage.prefill_tokens_per_s)
     link = f"{stage.link_step_ms:.2f} ms" if stage.link_step_ms is not None else UNKNOWN
     if width >= NARROW and stage.sample is not None and stage.link_step_bytes is not None:
-        link += f", {size(round(stage.link_step_bytes))} {harmless(stage.sample.link_dtype)}"
+        link += f", {stage.link_step_bytes / 1024:.1f} KiB {harmless(stage.sample.link_dtype)}"
     figures = Content.styled(f"{step}/step  link {link}  prefill {prefill}", _dim(stage))
     return _row("busy so far", Content.styled(past, _dim(stage) or "$primary"), figures, width)
 

@@ -27,6 +27,7 @@ SIZE = (120, 36)
 WAIT_S = 300.0
 FIRST = "What is a lookup table? Answer in one paragraph."
 SECOND = "Write a Python function that reverses a string, and explain it in two sentences."
+LIST = "List six ways to save water at home."
 TRAINING = {
     "medusa_num_heads": "3",
     "global_batch_size": "2",
@@ -57,9 +58,13 @@ class Photographer:
     async def ask(self, question: str) -> None:
         """Type a question and wait for the end of its answer."""
         ended = self._answered()
-        await self.press(*("space" if letter == " " else letter for letter in question), "enter")
+        await self.type(question)
         await self.until(lambda: self._answered() > ended)
         await self._pilot.pause(0.5)
+
+    async def type(self, question: str) -> None:
+        """Type a question and send it off."""
+        await self.press(*("space" if letter == " " else letter for letter in question), "enter")
 
     def save(self, name: str) -> None:
         """Write what is shown as `name`.svg."""
@@ -91,6 +96,8 @@ async def take(config: JupiterConfig, folder: Path, scratch: Path) -> None:
         await camera.press("ctrl+s")
         await camera.ask("Now the same in one line.")
         camera.save("speculation")
+        await camera.press("ctrl+s")
+        await outline(app, camera)
         await camera.press("f4")
         camera.save("telemetry")
         await camera.press("f3", "right", "up", "up", "up")
@@ -101,6 +108,18 @@ async def take(config: JupiterConfig, folder: Path, scratch: Path) -> None:
         await train(app, camera, scratch)
         camera.save("training")
         await app.leave(ExitCode.OK)
+
+
+async def outline(app: JupiterApp, camera: Photographer) -> None:
+    """Save a list whose points grow side by side, and what the stages did meanwhile."""
+    await camera.press("f10")
+    await camera.type(LIST)
+    await camera.until(lambda: len(app.screen.query("PointCard.-growing")) >= 3)
+    camera.save("outline")
+    await camera.until(lambda: not app.screen.query("PointCard"))
+    await camera.press("f10", "f4", "t")
+    camera.save("timeline")
+    await camera.press("t", "f2")
 
 
 async def train(app: JupiterApp, camera: Photographer, scratch: Path) -> None:

@@ -68,7 +68,11 @@ def case(seed: int) -> Costs:
             )
         )
     links = tuple(
-        LinkProfile(latency_ms=draw.uniform(0, 3), mbit_per_s=draw.choice((None, 10.0, 100.0)))
+        LinkProfile(
+            latency_ms=draw.uniform(0, 3),
+            mbit_per_s=draw.choice((None, 10.0, 100.0)),
+            busy_ms=draw.choice((0.0, 2.0)),
+        )
         for _ in range(stages if stages > 1 else 0)
     )
     profile = Profile(devices=tuple(devices), links=links)

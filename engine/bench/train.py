@@ -1,19 +1,22 @@
 """`jupiter bench train`: fine-tuning against a plain transformers loop, in one run.
 
 Same model, rows, batches, AdamW and float32 on both sides, interleaved; each run is a process of
-its own, and its first step does not count. The last line is one JSON object.
+its own, and its first step does not count. Memory is what each rank holds after its last step. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,22 @@ from engine.config import load_config
 from engine.errors import EngineError
 
 GLOBAL_BATCH = 8
-SIDES = {"one": (1, []), "dp2": (2, []), "pp2": (2, ["--pipeline_model_parallel_size", "2"])}
-Figures = dict[str, float]
+# Ranks, and what they are told.
+SIDES: dict[str, tuple[int, list[str]]] = {
+    "one": (1, []),
+    "dp2": (2, []),
+    "dp2 whole optimizer": (2, ["--use_distributed_optimizer", "false"]),
+    "pp2": (2, ["--pipeline_model_parallel_size", "2"]),
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run came to."""
+
+    tokens_per_s: float
+    memory_bytes: list[int]
+    """Of each rank."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -50,9 +67,19 @@ def main(words: Sequence[str]) -> int:
             found.setdefault("transformers", []).append(figures)
             print(f"transformers: {_shown(figures)}", flush=True)
     best = {name: _medians(runs) for name, runs in found.items()}
-    ratio = best["one"]["tokens_per_s"] / best["transformers"]["tokens_per_s"]
-    print(json.dumps({"bench": "train", "sides": best, "ratios": {"vs_transformers": ratio}}))
+    _print_table(best)
+    ratio = best["one"].tokens_per_s / best["transformers"].tokens_per_s
+    sides = {name: dataclasses.asdict(figures) for name, figures in best.items()}
+    print(json.dumps({"bench": "train", "sides": sides, "ratios": {"vs_transformers": ratio}}))
     return 0
+
+
+def _print_table(best: Mapping[str, Figures]) -> None:
+    theirs = best["transformers"].tokens_per_s
+    print(f"\n{'':20} {'tokens/s':>9} {'ratio':>6}  MiB of each rank")
+    for name, figures in best.items():
+        rate = figures.tokens_per_s
+        print(f"{name:20} {rate:9.0f} {rate / theirs:6.2f}  {_memory(figures)}")
 
 
 def _arguments(args: argparse.Namespace, model: Path, dataset: Path) -> list[str]:
@@ -91,21 +118,27 @@ def _ours(words: list[str], ranks: int) -> Figures:
     run = Path(_run(["engine.cli.main", "sft", *words], ranks))
     lines = (run / "logging.jsonl").read_text(encoding="utf-8").splitlines()
     steps: list[dict[str, Any]] = [json.loads(line) for line in lines][1:]
-    return {
-        "tokens_per_s": statistics.median(step["tokens_per_s"] for step in steps),
-        "memory_bytes": float(steps[-1]["memory_bytes"]),
-    }
+    rate = statistics.median(step["tokens_per_s"] for step in steps)
+    return Figures(rate, steps[-1]["memory_bytes_per_rank"])
 
 
 def _theirs(words: list[str]) -> Figures:
-    figures: Figures = json.loads(_run(["engine.bench.train_peer", *words], 1))
-    return figures
+    return Figures(**json.loads(_run(["engine.bench.train_peer", *words], 1)))
 
 
 def _medians(runs: Sequence[Figures]) -> Figures:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    return Figures(
+        statistics.median(run.tokens_per_s for run in runs),
+        [
+            round(statistics.median(rank))
+            for rank in zip(*(r.memory_bytes for r in runs), strict=True)
+        ],
+    )
 
 
 def _shown(figures: Figures) -> str:
-    memory = figures["memory_bytes"] / 2**20
-    return f"{figures['tokens_per_s']:.0f} tokens/s, rank 0 holds {memory:.0f} MiB"
+    return f"{figures.tokens_per_s:.0f} tokens/s, MiB of each rank: {_memory(figures)}"
+
+
+def _memory(figures: Figures) -> str:
+    return " ".join(f"{size / 2**20:.0f}" for size in figures.memory_bytes)

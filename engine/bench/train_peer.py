@@ -45,7 +45,7 @@ def main(words: list[str]) -> int:
         optimizer.step()
         rates.append(tokens / (time.perf_counter() - began))
     memory = psutil.Process().memory_info().rss
-    print(json.dumps({"tokens_per_s": statistics.median(rates[1:]), "memory_bytes": memory}))
+    print(json.dumps({"tokens_per_s": statistics.median(rates[1:]), "memory_bytes": [memory]}))
     return 0
 
 

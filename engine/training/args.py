@@ -363,6 +363,8 @@ def _without_effect(args: TrainArguments, name: str) -> str | None:
         return "a stream is tokenized as it is read"
     if args.lazy_tokenize and name == "dataset_num_proc":
         return "each row is tokenized when it is its turn"
+    if name == "num_workers" and not (args.lazy_tokenize or args.streaming):
+        return "rows are tokenized before the first step, so none has to be waited for"
     if name == "medusa_inner_size" and args.medusa_head_kind == "resblock":
         return "medusa_head_kind is resblock"
     if name.startswith("adam_") and args.optimizer != "adam":

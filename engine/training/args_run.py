@@ -113,7 +113,11 @@ class Logging:
     log_validation_ppl_to_tensorboard: bool = arg(True, "perplexity of evaluations to TensorBoard")
     log_memory_to_tensorboard: bool = arg(True, "memory of the process to TensorBoard")
     logging_level: Literal["debug", "info", "warning", "error"] | None = arg(
-        None, "what is told on stderr", shown="info", also=["logging_leval"]
+        None,
+        "what is told on stderr: debug: every step; info: each log step, and what should be known; "
+        "warning and error: only failures",
+        shown="info",
+        also=["logging_leval"],
     )
 
 

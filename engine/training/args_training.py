@@ -71,7 +71,9 @@ class Training:
     )
     seed: Count = arg(42, "of drawing rows, shuffling and new weights")
     num_workers: Count = arg(
-        4, "loader processes", instead="rows are tokenized before the first step, so none wait"
+        4,
+        "with lazy_tokenize or streaming: micro-batches that a thread makes ready before their "
+        "turn; 0: none",
     )
     seq_length: PositiveInt | None = arg(
         None, "most tokens of a sequence", shown="the model's `max_position_embeddings`"

@@ -19,6 +19,7 @@ class Progress:
     """Says what `progress` and `logging_level` ask for."""
 
     def __init__(self, args: TrainArguments, stderr: TextIO | None = None) -> None:
+        self.args = args
         self.stderr = stderr or sys.stderr
         self.as_json = args.progress == "json"
         silent = args.progress == "none" or LEVELS.index(args.logging_level or "info") > 1
@@ -33,7 +34,7 @@ class Progress:
         self, step: Step, total: int, remaining_s: float, record: dict[str, Any] | None
     ) -> None:
         """A step is done; `record` is its line of logging.jsonl if it has one."""
-        if record is None and not self.live:
+        if record is None and not self.live and self.args.logging_level != "debug":
             return
         line = (
             f"step {step.iteration}/{total}  loss {step.losses.loss:.4f}  lr {step.lr:.2e}  "

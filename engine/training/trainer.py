@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.checkpoint.mcore import parallel_args
 from engine.errors import EngineError
+from engine.training.ahead import ahead
 from engine.training.args import TrainArguments, as_json, model_source
 from engine.training.batch import Targets, make_batch
 from engine.training.data import micro_batches, sequences
@@ -353,13 +354,16 @@ class Trainer:
         return Path(self.mesh.world.first_text(name))
 
     def _batches(self) -> Iterator[list[Sample]]:
-        return micro_batches(
+        args = self.args
+        batches = micro_batches(
             self.inputs.samples,
-            args=self.args,
+            args=args,
             dp_rank=self.mesh.replica,
             dp_size=self.mesh.dp,
             consumed_samples=self.facts.consumed_samples,
         )
+        made_late = args.lazy_tokenize or args.streaming
+        return ahead(batches, args.num_workers) if made_late and args.num_workers else batches
 
     def _fill_caches(self) -> None:
         def progress(done: int, total: int) -> None:

@@ -65,6 +65,7 @@ CASES: dict[str, Case] = {
     "manual_gc": Case("collector", "true"),
     "manual_gc_interval": Case("collector", 1, {"manual_gc": "true"}),
     "seed": Case("losses", 43),
+    "num_workers": Case("ahead", 0, {"lazy_tokenize": "true"}),
     "seq_length": Case("tokens", 60),
     "lr": Case("rates", 1e-3),
     "lr_decay_style": Case("rates", "constant"),
@@ -252,6 +253,7 @@ def observe(
     spy(tokenizing, "_tokenize", note("processes", lambda *given: given[3]))
     spy(gc, "collect", count("collector"))
     spy(torch, "use_deterministic_algorithms", note("deterministic", bool))
+    spy(trainer, "ahead", note("ahead", lambda _, count: count))
     spy(trainer, "make_batch", note("tokens", lambda s, *_: [x.tokens.tolist() for x in s]))
 
     def run(words: Words, command: Command) -> dict[str, Any]:

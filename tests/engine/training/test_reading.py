@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from engine.errors import ConfigError
 from engine.text import TextCodec
 from engine.training import reading, tokenizing
+from engine.training.ahead import ahead
 from engine.training.args import TrainArguments, parse_arguments, validate
 from engine.training.data import count_sequences, load_samples, micro_batches
 from engine.training.reading import RowStream
@@ -130,3 +132,15 @@ def test_rows_of_a_stream_are_only_held_out_by_a_file_of_their_own(
 def test_what_does_not_go_together_is_refused(given: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         validate(parse_arguments(["--dataset", "a.jsonl", *given]), 1)
+
+
+def test_batches_made_ahead_are_the_same_and_an_error_comes_in_its_turn() -> None:
+    def numbers() -> Iterator[int]:
+        yield from range(5)
+        raise DataError("rows.jsonl:6: bad")
+
+    found = ahead(numbers(), 3)
+    assert list(islice(found, 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match="bad"):
+        next(found)
+    assert not [t for t in threading.enumerate() if t.name.startswith("jupiter-ahead")]

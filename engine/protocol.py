@@ -374,9 +374,11 @@ class TrainingStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     accuracy_per_head: tuple[float, ...]
     """Share of each head's targets whose token was the likeliest."""
     base_loss: float | None = None
-    """Of the base model, where it learns or is about to (Medusa-2)."""
+    """Of the base model, where it learns or is about to."""
+    base_accuracy: float | None = None
+    """As `accuracy_per_head`, of the base model."""
     lr: float
-    """Learning rate of the heads in this step."""
+    """Learning rate in this step: of the heads, if there are any."""
     grad_norm: float
     tokens_per_s: float
     """Of all ranks together, in this step."""

@@ -12,11 +12,12 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import cast
 
 from engine.endpoint import Endpoint
 from engine.errors import ExitCode
 from engine.protocol import TrainingStarted, TrainingStep
-from engine.training.args import as_json, parse_arguments
+from engine.training.args import Command, as_json, parse_arguments
 from engine.training.attended import _hold
 from engine.training.run_folder import make_run_folder
 
@@ -26,7 +27,8 @@ STEPS = 3
 def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_hold, args=(sys.stdin.fileno(),), daemon=True).start()
-    args = parse_arguments(sys.argv[1:])
+    command, *words = sys.argv[1:]
+    args = parse_arguments(words, cast(Command, command))
     if args.seed == 13:
         print(f"jupiter medusa: {args.dataset[0]}: line 2: not JSON", file=sys.stderr)
         return ExitCode.BAD_INPUT
@@ -38,28 +40,30 @@ def main() -> int:
     total = args.train_iters
     endpoint.send(TrainingStarted(run=str(run), iteration=0, total=total))
     for iteration in range(1, min(total, STEPS) + 1):
-        step(endpoint, run, iteration, total)
+        step(endpoint, run, iteration, total, heads=command == "medusa")
     print("step 3 is done\x1b[31m", file=sys.stderr, flush=True)
     code = ExitCode.OK
     if total > STEPS:
         signal.sigwait({signal.SIGTERM})
         code = ExitCode.TERMINATED
     (run / "latest_checkpointed_iteration.txt").write_text(f"{min(total, STEPS)}\n")
-    if code == ExitCode.OK:
+    if code == ExitCode.OK and command == "medusa":
         (run / "heads").mkdir()
     endpoint.close()
     return code
 
 
-def step(endpoint: Endpoint, run: Path, iteration: int, total: int) -> None:
+def step(endpoint: Endpoint, run: Path, iteration: int, total: int, *, heads: bool) -> None:
     loss, memory = 4.0 / iteration, 1 << 30
     endpoint.send(
         TrainingStep(
             iteration=iteration,
             total=total,
             loss=loss,
-            loss_per_head=(loss, loss + 1),
-            accuracy_per_head=(0.5, 0.25),
+            loss_per_head=(loss, loss + 1) if heads else (),
+            accuracy_per_head=(0.5, 0.25) if heads else (),
+            base_loss=None if heads else loss,
+            base_accuracy=None if heads else 0.5,
             lr=1e-3,
             grad_norm=1.0,
             tokens_per_s=321.0,
@@ -72,7 +76,7 @@ def step(endpoint: Endpoint, run: Path, iteration: int, total: int) -> None:
     record = {
         "iteration": iteration,
         "train_iters": total,
-        "loss_per_head": [loss, loss + 1],
+        **({"loss_per_head": [loss, loss + 1]} if heads else {"loss": loss, "accuracy": 0.5}),
         "learning_rate": 1e-3,
         "memory_bytes": memory,
         "elapsed_s": float(iteration),

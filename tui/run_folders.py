@@ -1,4 +1,4 @@
-"""Run folders of `jupiter medusa`, as files: what each run was, and whether it still runs.
+"""Run folders of training runs, as files: what each run was, and whether it still runs.
 
 Free of Textual and torch.
 """
@@ -21,6 +21,7 @@ Status = Literal["running", "finished", "stopped", "ended"]
 PROCESS = "process.json"
 """In a run folder: the process of a run that was started here, and its log."""
 KEEP = 30
+TAIL_BYTES = 1 << 16
 DEFAULT_ROOT = "megatron_output"
 
 
@@ -56,13 +57,21 @@ class RunFolder:
     base: Path | None
     """With medusa2 the trained base model."""
     process: RunProcess | None
+    steps: int | None
+    """Steps of the whole run, where its log says so."""
+
+    @property
+    def kind(self) -> str:
+        """The command that it is of."""
+        return str(self.args.get("command", "medusa"))
 
     @property
     def status(self) -> Status:
-        """Running; finished (its heads are there); stopped (it can go on); or ended without."""
+        """Running; finished (its heads, or all its steps); stopped (it can go on); or ended."""
         if self.process is not None and self.process.alive:
             return "running"
-        if self.heads is not None:
+        all_done = self.kind != "medusa" and self.checkpoint == self.steps
+        if self.heads is not None or (all_done and self.checkpoint is not None):
             return "finished"
         return "ended" if self.checkpoint is None else "stopped"
 
@@ -96,6 +105,7 @@ def read_run(path: Path) -> RunFolder:
         heads=heads if heads.is_dir() else None,
         base=base if base.is_dir() else None,
         process=_process(path),
+        steps=_steps(path / "logging.jsonl"),
     )
 
 
@@ -105,6 +115,24 @@ def _checkpoint(path: Path) -> int | None:
     except (OSError, UnicodeDecodeError):
         return None
     return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _steps(log: Path) -> int | None:
+    """What the last line about a step says."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("train_iters"), int):
+            return int(record["train_iters"])
+    return None
 
 
 def _process(path: Path) -> RunProcess | None:

@@ -17,7 +17,9 @@ from engine.errors import ConfigError, JupiterError
 from engine.model.config import ModelConfig
 from engine.training.args import (
     GROUPS,
+    Command,
     TrainArguments,
+    arguments_of,
     model_source,
     notes,
     parse_arguments,
@@ -41,13 +43,14 @@ from tui.run_folders import RunFolder
 
 # fmt: off
 ESSENTIAL = (
-    "model", "dataset", "val_dataset", "medusa_objective", "medusa_num_heads",
+    "command", "model", "dataset", "val_dataset", "medusa_objective", "medusa_num_heads",
     "num_train_epochs", "train_iters", "global_batch_size", "max_length", "medusa_lr", "lr",
     "medusa_warmup_iters", "cache_hidden_states", "log_interval", "save", "load",
 )
 # fmt: on
 FILES = ("dataset", "val_dataset", "generate", "batch_input")
 RANKS = "NPROC_PER_NODE"
+COMMAND = "command"
 _PROBLEM = re.compile(r"--(\w+)(?: .*?)??: (.+)", re.DOTALL)
 Values = Mapping[str, str]
 """What stands in the fields, by name; an empty text leaves a field at its default."""
@@ -55,7 +58,12 @@ Values = Mapping[str, str]
 
 @dataclass(frozen=True)
 class _Launch:
-    """What is said beside the arguments: through the environment."""
+    """What is said beside the arguments: before them, or through the environment."""
+
+    command: Command = arg(
+        "medusa",
+        "medusa: trains heads; sft: the model itself, on answers; pt: the model, on every token",
+    )
 
     NPROC_PER_NODE: PositiveInt | None = arg(
         None, "processes (ranks) on this machine; on GPUs one for each", shown="1"
@@ -139,7 +147,8 @@ class Field:
 
 def sections() -> list[tuple[str, list[Field]]]:
     """The form: what matters most, then all groups of arguments, each with what has an effect."""
-    known = {name: Field(argument) for name, argument in arguments(TrainArguments).items()}
+    every = arguments(TrainArguments) | arguments(_Launch)
+    known = {name: Field(argument) for name, argument in every.items()}
     first = [known[name] for name in ESSENTIAL]
     found = [("Run", first)]
     for title, group in GROUPS:
@@ -149,7 +158,7 @@ def sections() -> list[tuple[str, list[Field]]]:
             if name not in ESSENTIAL and _can_be_chosen(known[name].argument)
         ]
         if title == "Distributed":
-            fields.insert(0, Field(arguments(_Launch)[RANKS]))
+            fields.insert(0, known[RANKS])
         if fields:
             found.append((title, fields))
     return found
@@ -166,7 +175,9 @@ def _can_be_chosen(argument: Argument) -> bool:
 class Checked:
     """What a form says: the words of the command, or what is wrong and where."""
 
+    kind: Command = "medusa"
     words: list[str] = field(default_factory=list)
+    """The arguments of that command."""
     ranks: int = 1
     errors: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -175,17 +186,29 @@ class Checked:
     @property
     def command(self) -> str:
         """The command that does the same."""
-        return shlex.join(["jupiter", "medusa", *self.words])
+        return shlex.join(["jupiter", self.kind, *self.words])
+
+
+def command_of(values: Values) -> Command:
+    """The command that a form is about."""
+    text = values.get(COMMAND, "")
+    return next((name for name in get_args(Command) if name == text), "medusa")
+
+
+def fields_of(command: Command) -> frozenset[str]:
+    """Names of the fields that a command has."""
+    return frozenset(arguments_of(command)) | frozenset(arguments(_Launch))
 
 
 def check(fields: Mapping[str, Field], values: Values) -> Checked:
-    """Check all fields, each alone and against the others, the files and the model.
+    """Check a command's fields, each alone and against the others, the files and the model.
 
     What only the training itself can find out (a bad row, too little memory) is not among it.
     """
-    checked = Checked()
+    checked = Checked(command_of(values))
+    known = fields_of(checked.kind)
     for name, each in fields.items():
-        text = values.get(name, "")
+        text = values.get(name, "") if name in known and name != COMMAND else ""
         problem = each.problem(text)
         if problem is not None:
             checked.errors[name] = problem
@@ -207,7 +230,7 @@ def check(fields: Mapping[str, Field], values: Values) -> Checked:
 
 
 def _check_together(checked: Checked) -> TrainArguments:
-    args = parse_arguments(checked.words)
+    args = parse_arguments(checked.words, checked.kind)
     validate(args, checked.ranks)
     for note in notes(args):
         name, why = _told(note)
@@ -268,7 +291,8 @@ def at_field(message: str, fields: Mapping[str, Field], values: Values) -> tuple
 
 def resumed(run: RunFolder, fields: Mapping[str, Field]) -> dict[str, str]:
     """The values for going on with a run: all that it was told, and its last checkpoint."""
-    values = {name: each.text(run.args[name]) for name, each in fields.items() if name in run.args}
+    told = {COMMAND: run.kind, **run.args}
+    values = {name: each.text(told[name]) for name, each in fields.items() if name in told}
     versions = run.args.get("add_version", True)
     return values | {
         "load": str(run.path),

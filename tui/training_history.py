@@ -24,6 +24,7 @@ class Point:
     loss_per_head: tuple[float, ...]
     accuracy_per_head: tuple[float, ...]
     base_loss: float | None
+    base_accuracy: float | None
     lr: float
     tokens_per_s: float | None
     memory_bytes: int
@@ -37,6 +38,8 @@ class Evaluation:
     iteration: int
     loss_per_head: tuple[float, ...]
     accuracy_per_head: tuple[float, ...]
+    accuracy: float | None = None
+    """Of the base model, where there are no heads."""
 
 
 class _Record(msgspec.Struct):
@@ -44,6 +47,9 @@ class _Record(msgspec.Struct):
 
     iteration: int
     train_iters: int = 0
+    loss: float | None = None
+    accuracy: float | None = None
+    """The model's own, where it learns without heads."""
     loss_per_head: tuple[float, ...] | None = None
     accuracy_per_head: tuple[float, ...] = ()
     base_loss: float | None = None
@@ -53,6 +59,8 @@ class _Record(msgspec.Struct):
     memory_kind: str = "process"
     elapsed_s: float | None = None
     remaining_s: float | None = None
+    eval_loss: float | None = None
+    eval_accuracy: float | None = None
     eval_loss_per_head: tuple[float, ...] | None = None
     eval_accuracy_per_head: tuple[float, ...] = ()
 
@@ -87,6 +95,7 @@ class History:
                 loss_per_head=step.loss_per_head,
                 accuracy_per_head=step.accuracy_per_head,
                 base_loss=step.base_loss,
+                base_accuracy=step.base_accuracy,
                 lr=step.lr,
                 tokens_per_s=step.tokens_per_s,
                 memory_bytes=step.memory_bytes,
@@ -101,10 +110,13 @@ class History:
         except msgspec.DecodeError:
             self.unreadable += 1
             return
-        if record.eval_loss_per_head is not None:
+        if record.eval_loss_per_head is not None or record.eval_loss is not None:
             self.evaluations.append(
                 Evaluation(
-                    record.iteration, record.eval_loss_per_head, record.eval_accuracy_per_head
+                    record.iteration,
+                    record.eval_loss_per_head or (),
+                    record.eval_accuracy_per_head,
+                    record.eval_accuracy,
                 )
             )
             return
@@ -112,14 +124,16 @@ class History:
             self._progress(
                 record.iteration, record.train_iters, record.elapsed_s, record.remaining_s
             )
-        if record.loss_per_head is None:
+        alone = record.accuracy is not None  # the model learns, and no heads
+        if record.loss_per_head is None and not alone:
             return
         self._append(
             Point(
                 iteration=record.iteration,
-                loss_per_head=record.loss_per_head,
+                loss_per_head=record.loss_per_head or (),
                 accuracy_per_head=record.accuracy_per_head,
-                base_loss=record.base_loss,
+                base_loss=record.loss if alone else record.base_loss,
+                base_accuracy=record.accuracy,
                 lr=record.learning_rate,
                 tokens_per_s=record.tokens_per_s,
                 memory_bytes=record.memory_bytes,

@@ -7,6 +7,7 @@ checkpoint when this process ends, unless it is told to go on alone. Free of Tex
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ Phase = Literal["preparing", "training", "stopping", "finished", "stopped", "fai
 ATTENDED = "engine.training.attended"
 EPOCH = 1
 KEEP_LOGS = 50
-PREFIX = "jupiter medusa: "
+PREFIX = re.compile(r"jupiter (?:medusa|sft|pt): ")
 
 
 class TrainingRun:
@@ -61,8 +62,8 @@ class TrainingRun:
     # --- three ways to begin -----------------------------------------------------------------
 
     @classmethod
-    def start(cls, words: Sequence[str], ranks: int = 1) -> TrainingRun:
-        """Start `jupiter medusa WORDS`; on a running event loop.
+    def start(cls, command: str, words: Sequence[str], ranks: int = 1) -> TrainingRun:
+        """Start `jupiter COMMAND WORDS`; on a running event loop.
 
         Raises:
             EngineError: no log, no sockets or no process can be made; the line says why.
@@ -77,7 +78,7 @@ class TrainingRun:
             )
             with run.log.open("ab") as log:
                 run._process = subprocess.Popen(
-                    [sys.executable, "-m", ATTENDED, *words],
+                    [sys.executable, "-m", ATTENDED, command, *words],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
                     stderr=log,
@@ -194,9 +195,9 @@ class TrainingRun:
             self.problem = self._reason(code)
 
     def _reason(self, code: int | None) -> str:
-        if self.said.startswith(PREFIX):
-            return self.said.removeprefix(PREFIX)
-        how = "the run ended before its heads were written"
+        if told := PREFIX.match(self.said):
+            return self.said[told.end() :]
+        how = "the run ended before its work was written"
         if code:
             how = f"the training process {describe_exit(code)}"
         return f"{how}; its last words: {self.said}" if self.said else how

@@ -41,6 +41,8 @@ GROUPS: tuple[tuple[str, type], ...] = (
 )
 MEDUSA_GROUPS = ("Medusa", "Self-distillation")
 HEAD_DECAY = 0.8
+COMMAND = "command"
+"""In args.json: whose arguments they are."""
 Command = Literal["medusa", "sft", "pt"]
 
 
@@ -161,7 +163,7 @@ def parse_arguments(words: Sequence[str], command: Command = "medusa") -> TrainA
     Raises:
         ConfigError: one line that names the argument and what would be right.
     """
-    args, given = parse(words, TrainArguments)
+    args, given = parse(words, TrainArguments, noted=(COMMAND,))
     for name in sorted(given - arguments_of(command).keys()):
         raise ConfigError(f"--{name}: belongs to jupiter medusa; jupiter {command} trains no heads")
     args = dataclasses.replace(args, given=given, command=command)
@@ -401,4 +403,5 @@ def model_source(args: TrainArguments) -> str:
 
 def as_json(args: TrainArguments) -> dict[str, Any]:
     """The arguments by name, for args.json; `parse_arguments` reads such a file."""
-    return {name: getattr(args, name) for name in arguments_of(args.command)}
+    values = {name: getattr(args, name) for name in arguments_of(args.command)}
+    return {COMMAND: args.command, **values}

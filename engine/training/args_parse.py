@@ -15,12 +15,16 @@ FILE_KINDS = (".json", ".yaml", ".yml")
 T = TypeVar("T")
 
 
-def parse(words: Sequence[str], cls: type[T]) -> tuple[T, frozenset[str]]:
+def parse(
+    words: Sequence[str], cls: type[T], noted: Sequence[str] = ()
+) -> tuple[T, frozenset[str]]:
     """The arguments that `words` say, and the names of those that were given.
 
     The first word may be a JSON or YAML file of arguments; the command line goes before it. An
     argument that the file holds with its default value does not count as given, so the args.json
     of a run can be read again.
+
+    noted: keys of such a file that are no arguments.
 
     Raises:
         ConfigError: an unknown argument, one given twice, or a value that is wrong.
@@ -32,6 +36,8 @@ def parse(words: Sequence[str], cls: type[T]) -> tuple[T, frozenset[str]]:
     if rest and not rest[0].startswith("--"):
         name = rest.pop(0)
         for key, value in read_file(Path(name).expanduser()).items():
+            if key in noted:
+                continue
             argument = _look_up(key, known, f"{name}: unknown key '{key}'")
             values[argument.name] = _from_file(argument, value, f"{name}: key '{key}'")
             if values[argument.name] != argument.default:

@@ -1,4 +1,4 @@
-"""`python -m engine.training.attended WORDS`: `jupiter medusa WORDS`, tied to whoever started it.
+"""`python -m engine.training.attended WORDS`: `jupiter WORDS`, tied to whoever started it.
 
 stdin is the tie. When it ends, however the other side has ended, the run stops as on SIGTERM: with
 a checkpoint. The line `leave` unties it first, and the run goes on alone.
@@ -23,7 +23,7 @@ def main() -> int:
     os.dup2(nothing, sys.stdin.fileno())
     os.close(nothing)
     threading.Thread(target=_hold, args=(tie,), name="jupiter-tie", daemon=True).start()
-    return jupiter(["medusa", *sys.argv[1:]])
+    return jupiter(sys.argv[1:])
 
 
 def _hold(tie: int) -> None:

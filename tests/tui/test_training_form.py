@@ -10,7 +10,7 @@ import pytest
 from engine.training.args import TrainArguments, parse_arguments
 from engine.training.args_fields import arguments
 from tui.run_folders import read_run
-from tui.training_form import RANKS, Field, at_field, check, resumed, sections
+from tui.training_form import COMMAND, RANKS, Field, at_field, check, resumed, sections
 
 FIELDS: dict[str, Field] = {field.name: field for _, fields in sections() for field in fields}
 
@@ -43,7 +43,7 @@ def test_every_argument_with_an_effect_has_one_field() -> None:
     known = arguments(TrainArguments)
     missing = set(known) - set(names)
     assert all(known[name].instead is not None or known[name].only for name in missing)
-    assert set(names) - set(known) == {RANKS}
+    assert set(names) - set(known) == {RANKS, COMMAND}
 
 
 def test_fields_say_what_their_arguments_say() -> None:
@@ -67,6 +67,16 @@ def test_a_form_that_is_right_gives_the_words_of_the_command(data: str, model: s
     assert args.medusa_lr == 2e-4
     assert args.given == {"dataset", "model", "medusa_lr"}
     assert checked.command.startswith("jupiter medusa --model ")
+
+
+def test_another_command_has_its_own_fields_alone(data: str, model: str) -> None:
+    values = {COMMAND: "sft", "dataset": data, "model": model, "lr": "1e-4", "medusa_lr": "half"}
+    checked = check(FIELDS, values)
+    assert (checked.errors, checked.notes) == ({}, {})
+    expected = ["--model", model, "--dataset", data, "--lr", "1e-4"]
+    assert checked.words == expected
+    assert checked.command.startswith("jupiter sft --model ")
+    assert list(check(FIELDS, {**values, COMMAND: "medusa"}).errors) == ["medusa_lr"]
 
 
 @pytest.mark.parametrize(

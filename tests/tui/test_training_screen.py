@@ -99,6 +99,11 @@ async def bench(size: tuple[int, int] = (120, 36)) -> AsyncIterator[Bench]:
             await app.leave(ExitCode.OK)
 
 
+def folder_of(bench: Bench) -> Path:
+    assert bench.run.folder is not None
+    return bench.run.folder
+
+
 def row(bench: Bench, name: str) -> FieldRow:
     return bench.screen.query_one(f"#field-{name}", FieldRow)
 
@@ -130,6 +135,22 @@ async def test_an_error_in_a_closed_group_opens_it(values: dict[str, str]) -> No
         await b.until(lambda: b.screen.query("#field-adam_beta1"))
         await b.until(lambda: row(b, "adam_beta1").has_class("-wrong"))
         await b.until(lambda: b.app.focused is row(b, "adam_beta1").query_one(Input))
+
+
+async def test_the_model_itself_is_trained_and_watched(values: dict[str, str]) -> None:
+    async with bench() as b:
+        await b.start({**values, "command": "sft"})
+        await b.phase("finished")
+        shown = b.shown()
+        assert "step 3 of 3" in shown and "base" in shown and "50 %" in shown
+        assert json.loads((folder_of(b) / "args.json").read_text())["command"] == "sft"
+        assert b.screen._found is not None and b.screen._found.status == "finished"
+        await b.pilot.press("r")
+        assert b.screen._form.values["command"] == "sft"
+        assert row(b, "lr").display and not row(b, "medusa_lr").display
+        assert not b.screen.query("#use").first().display
+        row(b, "command").set_text("medusa")
+        await b.until(lambda: row(b, "medusa_lr").display)
 
 
 async def test_a_run_is_watched_until_its_heads_are_there(values: dict[str, str]) -> None:

@@ -191,7 +191,7 @@ class TrainingScreen(Screen[None]):
             self._judge("a run is under way: stop it first", "$text-error")
             return
         try:
-            run = TrainingRun.start(checked.words, checked.ranks)
+            run = TrainingRun.start(checked.kind, checked.words, checked.ranks)
         except JupiterError as error:
             self._judge(str(error), "$text-error")
             return

@@ -1,16 +1,18 @@
 """What the help says of the training screen."""
 
 HELP = """
-## Training heads
-**New run** is the form. A field that is empty has the default that stands in it; what is wrong
-is told below the field. **Run** shows the open run, **Runs** those of before.
+## Training
+**New run** is the form; its first field chooses what is trained: draft heads (medusa), the model
+itself on answers (sft), or on every token (pt). A field that is empty has the default that stands
+in it; what is wrong is told below the field. **Run** shows the open run, **Runs** those of before.
 
 The model's own answers teach its heads best: name prompts under *Self-distillation*,
 `generate`, and the model answers them first.
 
 ## The charts
 - **loss per head**: how surprised each head is by the true token; lower is better. Head 1
-  guesses the token after next, head 2 the one after that. With medusa2, *base* is the model's.
+  guesses the token after next, head 2 the one after that. *base* is the model's own,
+  where it learns.
 - **top-1 accuracy**: how often a head's likeliest token is the true one. A step of the chat
   accepts head 2's guess only where head 1's was right.
 - **tokens/s**: of all ranks. **memory**: of rank 0's process, or of its device at its peak.

@@ -15,7 +15,7 @@ from textual.widget import Widget
 from textual.widgets import Collapsible, Input, Select, Static
 
 from tui.text import harmless
-from tui.training_form import Checked, Field, sections
+from tui.training_form import COMMAND, Checked, Field, command_of, fields_of, sections
 
 PATHS = frozenset(
     ("model", "dataset", "val_dataset", "batch_input", "generate", "save", "load", "config")
@@ -214,6 +214,18 @@ class TrainingForm(VerticalScroll, can_focus=False):
         for title, fields in self._groups:
             yield Group(f"{title} ({len(fields)})", fields)
 
+    def on_mount(self) -> None:
+        """Show the fields of the command."""
+        self._show_command()
+
+    def _show_command(self) -> None:
+        """Only the fields that the command has."""
+        known = fields_of(command_of(self.values))
+        for group in self.query(Group).results(Group):
+            group.display = any(field.name in known for field in group.fields)
+        for row in self._rows:
+            row.display = row.field.name in known
+
     @property
     def _rows(self) -> Iterator[FieldRow]:
         yield from self.query(FieldRow).results(FieldRow)
@@ -226,12 +238,15 @@ class TrainingForm(VerticalScroll, can_focus=False):
     @on(FieldRow.Edited)
     def _edited(self, event: FieldRow.Edited) -> None:
         self.values[event.field.name] = event.text
+        if event.field.name == COMMAND:
+            self._show_command()
 
     def load(self, values: Mapping[str, str]) -> None:
         """Fill the form with other values; what is not among them gets its default."""
         self.values = dict(values)
         for row in self._rows:
             row.set_text(values.get(row.field.name, ""))
+        self._show_command()
 
     def tell(self, name: str, problem: str) -> None:
         """Show what the run itself found wrong with a field."""

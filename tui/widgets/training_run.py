@@ -61,7 +61,7 @@ class RunView(Vertical):
         points = history.points
         on_device = bool(points) and points[-1].memory_kind == "device"
         self._chart("#loss").show(_losses(points))
-        self._chart("#accuracy").show(_per_head(points, "accuracy_per_head"))
+        self._chart("#accuracy").show(_accuracies(points))
         self._chart("#rate").show(_one([(p.iteration, p.lr) for p in points]))
         speed = [(p.iteration, p.tokens_per_s) for p in points if p.tokens_per_s is not None]
         self._chart("#speed").show(_one(speed))
@@ -111,13 +111,22 @@ def evaluation_text(found: Evaluation | None) -> str:
     """The latest figures of the rows held out."""
     if found is None:
         return "held-out rows: not evaluated yet"
-    shares = ", ".join(_percent(value) for value in found.accuracy_per_head)
-    return f"held-out rows after step {found.iteration}: top-1 per head {shares}"
+    if found.accuracy is not None:
+        what = f"top-1 {_percent(found.accuracy)}"
+    else:
+        what = f"top-1 per head {', '.join(map(_percent, found.accuracy_per_head))}"
+    return f"held-out rows after step {found.iteration}: {what}"
 
 
 def _losses(points: Sequence[Point]) -> list[Series]:
     base = [(p.iteration, p.base_loss) for p in points if p.base_loss is not None]
     return [*_per_head(points, "loss_per_head"), *([Series("base", BASE, base)] if base else [])]
+
+
+def _accuracies(points: Sequence[Point]) -> list[Series]:
+    base = [(p.iteration, p.base_accuracy) for p in points if p.base_accuracy is not None]
+    heads = _per_head(points, "accuracy_per_head")
+    return [*heads, *([Series("base", BASE, base)] if base else [])]
 
 
 def _per_head(points: Sequence[Point], key: str) -> list[Series]:

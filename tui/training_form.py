@@ -23,8 +23,8 @@ from engine.training.args import (
     model_source,
     notes,
     parse_arguments,
-    validate,
 )
+from engine.training.args_check import validate
 from engine.training.args_fields import (
     Argument,
     PositiveInt,

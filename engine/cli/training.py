@@ -13,8 +13,8 @@ from engine.training.args import (
     groups_of,
     notes,
     parse_arguments,
-    validate,
 )
+from engine.training.args_check import validate
 from engine.training.args_table import help_text
 
 

@@ -21,7 +21,8 @@ from engine.logs import describe_exit
 from engine.model.config import ModelConfig
 from engine.owners import watch_owners
 from engine.run_dir import RunDir
-from engine.training.args import Command, TrainArguments, model_source, parse_arguments, validate
+from engine.training.args import Command, TrainArguments, model_source, parse_arguments
+from engine.training.args_check import validate
 from engine.training.args_resolve import shaped, with_model
 
 STORE_VARIABLE = "JUPITER_STORE"

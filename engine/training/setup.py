@@ -17,7 +17,8 @@ from engine.errors import CheckpointError, ConfigError
 from engine.model.config import ModelConfig
 from engine.model.medusa import NO_HEADS, HeadShape
 from engine.text import TextCodec
-from engine.training.args import TrainArguments, model_source, validate
+from engine.training.args import TrainArguments, model_source
+from engine.training.args_check import validate
 from engine.training.args_resolve import shaped, with_model
 from engine.training.checkpoint import Facts, Loader, check_fits, find
 from engine.training.data import Samples, count_sequences, load_samples

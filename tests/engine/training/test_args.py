@@ -20,8 +20,8 @@ from engine.training.args import (
     as_json,
     notes,
     parse_arguments,
-    validate,
 )
+from engine.training.args_check import validate
 from engine.training.args_fields import Argument, arguments, is_list, show
 from engine.training.args_medusa import EvalArguments, GenerateArguments
 from engine.training.args_table import DOC, in_step

@@ -15,7 +15,8 @@ from engine.errors import ConfigError
 from engine.text import TextCodec
 from engine.training import reading, tokenizing
 from engine.training.ahead import ahead
-from engine.training.args import TrainArguments, parse_arguments, validate
+from engine.training.args import TrainArguments, parse_arguments
+from engine.training.args_check import validate
 from engine.training.data import count_sequences, load_samples, micro_batches
 from engine.training.reading import RowStream
 from engine.training.row_files import DataError

@@ -149,16 +149,36 @@ def test_the_first_gradient_equals_plain_autograd(
     dataset: Path,
     tmp_path: Path,
 ) -> None:
-    # With SGD the momentum after the first step is the gradient itself.
+    more = ["--pipeline_model_parallel_size", str(stages)]
+    given = first_step(dataset, tmp_path, kind, objective, own_outputs, more)
+    check_first_step(ranks.train(world, given), given, kind, objective, own_outputs)
+
+
+@pytest.mark.parametrize(("kind", "objective"), [("llama", "medusa1"), ("qwen2", "medusa2")])
+def test_heads_on_tensor_parallel_ranks_have_the_same_gradient(
+    kind: str, objective: str, ranks: Ranks, dataset: Path, tmp_path: Path
+) -> None:
+    more = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
+    given = first_step(dataset, tmp_path, kind, objective, False, more)
+    check_first_step(ranks.train(2, given), given, kind, objective, False)
+
+
+def first_step(
+    dataset: Path, folder: Path, kind: str, objective: str, own_outputs: bool, more: list[str]
+) -> list[str]:
+    """A run of one step; with SGD the momentum after it is the gradient itself."""
     # fmt: off
-    given = words(
-        dataset, tmp_path, kind, "--medusa_objective", objective, "--train_iters", "1",
+    return words(
+        dataset, folder, kind, "--medusa_objective", objective, "--train_iters", "1",
         "--original_lm_head", str(not own_outputs).lower(), "--optimizer", "sgd",
-        "--clip_grad", "0", "--weight_decay", "0",
-        "--pipeline_model_parallel_size", str(stages), "--micro_batch_size", "2",
+        "--clip_grad", "0", "--weight_decay", "0", "--micro_batch_size", "2", *more,
     )
     # fmt: on
-    run = ranks.train(world, given)
+
+
+def check_first_step(
+    run: Path, given: list[str], kind: str, objective: str, own_outputs: bool
+) -> None:
     joint = objective == "medusa2"
     plain = Reference.new(kind, own_outputs=own_outputs, joint=joint)
     loss = plain.loss(batches(given, 1)[0])

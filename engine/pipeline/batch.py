@@ -83,6 +83,7 @@ class Result:
 
 
 _ENTRY = struct.Struct("<12q4d")
+_NUMBERS = struct.Struct("<16q")
 
 
 def encode_batch(entries: Sequence[Entry], crowd: int = 1) -> list[int]:
@@ -98,7 +99,7 @@ def encode_batch(entries: Sequence[Entry], crowd: int = 1) -> list[int]:
             *(e.draft_heads, e.point, len(e.copies), r.rule, r.seed),
             *(r.temperature, r.top_p, r.posterior_threshold, r.posterior_alpha),
         )
-        numbers += struct.unpack("<16q", head)
+        numbers += _NUMBERS.unpack(head)
         numbers += e.tokens
         numbers += e.parents
         numbers += e.keep
@@ -115,7 +116,7 @@ def decode_batch(numbers: Sequence[int]) -> list[Entry]:
     entries = []
     count, _ = take.many(2)
     for _ in range(count):
-        fields = _ENTRY.unpack(struct.pack("<16q", *take.many(16)))
+        fields = _ENTRY.unpack(_NUMBERS.pack(*take.many(16)))
         slot, start, n, kept, keep_to, judge, width, heads, *others = fields
         point, copies, rule, seed, *floats = others
         temperature, top_p, threshold, alpha = floats
@@ -180,14 +181,14 @@ def decode_results(numbers: Sequence[int]) -> list[Result]:
 
 class _Reader:
     def __init__(self, numbers: Sequence[int]) -> None:
-        self.numbers, self.at = numbers, 0
+        self.numbers, self.at = list(numbers), 0
 
     def one(self) -> int:
         return self.many(1)[0]
 
     def many(self, n: int) -> list[int]:
         self.at += n
-        return list(self.numbers[self.at - n : self.at])
+        return self.numbers[self.at - n : self.at]
 
 
 def row_slices(entries: Sequence[Entry]) -> Iterator[slice]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from array import array
 from contextlib import nullcontext
 from enum import IntEnum
-from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -103,7 +101,7 @@ class Link:
         size = split + rows * self.form.row_bytes
         out = self._outgoing[turn]
         out.make_room(size)
-        out.put_numbers(chain((kind, len(numbers), rows, 0), numbers))
+        out.put_numbers((kind, len(numbers), rows, 0, *numbers))
         if hidden is not None and self.form.kind == "exact":
             out.put_rows(split, hidden)
         elif hidden is not None:
@@ -180,10 +178,9 @@ class _Buffer:
     def part(self, start: int, end: int) -> Tensor:
         return self._bytes[start:end]
 
-    def put_numbers(self, numbers: chain[int]) -> None:
+    def put_numbers(self, numbers: tuple[int, ...]) -> None:
         """int64, from the beginning on."""
-        values = array("q", numbers)
-        self._view[: 8 * len(values)] = memoryview(values).cast("B")
+        struct.pack_into(f"<{len(numbers)}q", self._view, 0, *numbers)
 
     def numbers(self, start: int, count: int) -> tuple[int, ...]:
         return struct.unpack_from(f"<{count}q", self._view, start)

@@ -16,6 +16,19 @@ SPANS_KEPT = 256
 Activity = Literal["busy", "wait", "link", "idle"]
 
 
+class _Booked:
+    """A block of one activity: a class, as it is entered several times in every step."""
+
+    def __init__(self, meter: StageMeter, activity: Activity) -> None:
+        self._meter, self._activity = meter, activity
+
+    def __enter__(self) -> None:
+        self._before = self._meter.switch(self._activity)
+
+    def __exit__(self, *_: object) -> None:
+        self._meter.switch(self._before)
+
+
 @dataclass(frozen=True)
 class Spent:
     """Seconds of each activity; together they are the time since the meter began."""
@@ -62,14 +75,9 @@ class StageMeter:
         """Fields of FlightSpan, whose objects are made when they are asked for."""
         self._since_1970 = time.time() - clock()
 
-    @contextmanager
-    def during(self, activity: Activity) -> Iterator[None]:
+    def during(self, activity: Activity) -> _Booked:
         """Book the block on `activity`, and what follows on the one before."""
-        before = self._switch(activity)
-        try:
-            yield
-        finally:
-            self._switch(before)
+        return _Booked(self, activity)
 
     @contextmanager
     def at_text(self) -> Iterator[None]:
@@ -94,7 +102,8 @@ class StageMeter:
         finally:
             self._muted = False
 
-    def _switch(self, activity: Activity) -> Activity:
+    def switch(self, activity: Activity) -> Activity:
+        """Book what follows on `activity`; returns the one before."""
         with self._lock:
             now = self._clock()
             before = self._activity
@@ -113,16 +122,25 @@ class StageMeter:
         """The latest micro-batches, oldest first."""
         return tuple(FlightSpan(*span) for span in tuple(self._spans))
 
-    def count(self, rows: int, *, decode: bool, seconds: float, points: Iterable[int] = ()) -> None:
-        """A micro-batch of `rows` rows was passed through the layers in `seconds`, up to now.
+    def count(
+        self,
+        rows: int,
+        *,
+        decode: bool,
+        seconds: float,
+        ended: float | None = None,
+        points: Iterable[int] = (),
+    ) -> None:
+        """A micro-batch of `rows` rows was passed through the layers in `seconds`, up to `ended`.
 
-        `points`: of each sequence in it the point of an outline answer, 0 for none.
+        `ended`: of the meter's clock, by default now; `points`: of each sequence in it the point of
+        an outline answer, 0 for none.
         """
         if self._muted:
             return
         self.steps += 1
         self.rows += rows
-        ended = self._clock() + self._since_1970
+        ended = (self._clock() if ended is None else ended) + self._since_1970
         span = [self.steps - 1, ended - seconds, ended, rows, decode, tuple(points)]
         self._spans.append(span)
         if decode:
@@ -131,15 +149,15 @@ class StageMeter:
             self.prefill_rows += rows
         self._add(decode=decode, seconds=seconds)
 
-    def count_judging(self, *, decode: bool, seconds: float) -> None:
-        """The judging of the micro-batch counted last took `seconds`."""
+    def count_judging(self, *, decode: bool, seconds: float, ended: float | None = None) -> None:
+        """The judging of the micro-batch counted last took `seconds`, up to `ended`."""
         self.moved += 1
         if self._muted:
             return
         self._add(decode=decode, seconds=seconds)
         if decode:
             self.decode_judge_s += seconds
-        self._spans[-1][2] = self._clock() + self._since_1970
+        self._spans[-1][2] = (self._clock() if ended is None else ended) + self._since_1970
 
     def _add(self, *, decode: bool, seconds: float) -> None:
         if decode:

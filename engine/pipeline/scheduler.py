@@ -101,7 +101,9 @@ class Scheduler:
         self.drafting = drafting
         self.context_length = context_length
         self.inbox, self.tick_s = inbox, tick_s
-        self.outlines = Outlines(codec, config, inbox.put, emit)
+        self._emit = emit
+        self._unsent: list[Event] = []
+        self.outlines = Outlines(codec, config, inbox.put, self._unsent.append)
         self.emit = self.outlines.emit
         budget = config.max_batch_total_tokens or kv_rows
         if budget is not None:
@@ -134,6 +136,15 @@ class Scheduler:
 
         Raises StageLostError when a neighbour is lost.
         """
+        try:
+            self._serve()
+        finally:
+            self._tell()
+        if self.link:
+            self.link.send(1, Kind.STOP)
+            self._await_stop()
+
+    def _serve(self) -> None:
         while not self.stopping:
             self._admit()
             flight = None
@@ -145,10 +156,16 @@ class Scheduler:
                 self._resplit(self._new_split)
             if flight is not None:
                 self._dispatch(flight)
+            self._tell()
             self._handle_inbox(wait=flight is None)
-        if self.link:
-            self.link.send(1, Kind.STOP)
-            self._await_stop()
+
+    def _tell(self) -> None:
+        """Emit what has happened: behind a dispatch, so that the next stage is at work meanwhile,
+        and the client's reading takes no core from this one's layers."""
+        for event in self._unsent:
+            self._emit(event)
+        self._unsent.clear()
+        self.stage.settle()
 
     def _measure(self) -> None:
         """Measure stages and links while there is nothing else to do; slots lose their rows."""
@@ -348,12 +365,14 @@ class Scheduler:
             other.alone = flight.alone = False
         flight.entries[0].copies, self.copies = self.copies, []
         self.stage.share(flight.crowd)
+        # Before the layers, as whatever follows them has to be fetched into the caches anew.
+        numbers = encode_batch(flight.entries, flight.crowd) if self.link else []
         hidden = self.stage.run(flight.entries, None)
         if self.link is None:
             self._land(flight, self.stage.judge(flight.entries, hidden))
             return
         self.flights.append(flight)
-        self.link.send(1, Kind.BATCH, encode_batch(flight.entries, flight.crowd), hidden)
+        self.link.send(1, Kind.BATCH, numbers, hidden)
 
     # --- what comes back -------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ class Stage:
         """Of all sequences together, that there is memory for; None until that was measured."""
         self.neighbours = neighbours
         self._threads = self._all_threads = self.forward.threads
+        self._uncounted: list[Callable[[], None]] = []
         self.patience_s = 0.0
         """A layer that takes longer hangs; see StageTelemetry."""
 
@@ -79,6 +81,7 @@ class Stage:
         `hidden` is [rows, hidden_size] from the stage before (None on the first, which starts
         from the entries' tokens); returns the hidden states of the same rows.
         """
+        self.settle()
         began = time.perf_counter()
         for copy in (copy for entry in entries for copy in entry.copies):
             self.store.copy(*copy)
@@ -87,10 +90,21 @@ class Stage:
         if self.device.type == "cuda":
             # A kernel runs on after its call: without this the link would be blamed for its time.
             torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - began
-        points = [entry.point for entry in entries]
-        self.meter.count(len(out), decode=is_decode(entries), seconds=seconds, points=points)
+        ended = time.perf_counter()
+        self._uncounted.append(partial(self._count, entries, began, ended))
         return out
+
+    def settle(self) -> None:
+        """Count what was computed: best when others are at work, since it delays no step then."""
+        for count in self._uncounted:
+            count()
+        self._uncounted.clear()
+
+    def _count(self, entries: Sequence[Entry], began: float, ended: float) -> None:
+        rows = sum(len(entry.tokens) for entry in entries)
+        points = [entry.point for entry in entries]
+        decode, seconds = is_decode(entries), ended - began
+        self.meter.count(rows, decode=decode, seconds=seconds, ended=ended, points=points)
 
     def judge(self, entries: Sequence[Entry], hidden: Tensor) -> list[Result]:
         """Results of the entries that want one, in order; only on the last stage.
@@ -119,8 +133,9 @@ class Stage:
         for scores, result in zip(judged, results, strict=True):
             if scores.entry.draft_width < width:
                 result.candidates = [some[: scores.entry.draft_width] for some in result.candidates]
-        seconds = time.perf_counter() - began
-        self.meter.count_judging(decode=is_decode(entries), seconds=seconds)
+        ended, decode = time.perf_counter(), is_decode(entries)
+        count = partial(self.meter.count_judging, decode=decode, seconds=ended - began, ended=ended)
+        self._uncounted.append(count)
         return results
 
     def _draft(
@@ -168,6 +183,7 @@ def serve(
                 link.send(after, Kind.RESULTS, encode_results(stage.judge(entries, hidden)))
             else:
                 link.send(after, Kind.BATCH, numbers, hidden)
+            stage.settle()
         elif kind is Kind.MEASURE:
             profiler.handle(numbers)
         elif kind is Kind.BEGIN:

@@ -88,17 +88,18 @@ def step_work(stage: Stage, rows: int, context: int) -> Work:
     """
     model, config = stage.model, stage.model.config
     layer = sum(math.prod(s) for s in layer_shapes(config).values() if len(s) == 2)
-    layers = len(model.model.layers)
-    linears = Work(_stored(model.model.layers), 2 * rows * layers * layer)
+    layers, count = len(model.model.layers), model.heads.num_heads
     head = config.vocab_size * config.hidden_size
-    work = linears + _attention(config, stage, layers, rows, context)
-    work += Work(_stored(model.lm_head), 2 * rows * head)
-    count = model.heads.num_heads
+    work = Work(stage.forward.packed_bytes, 2 * rows * (layers * layer + head))
+    work += _attention(config, stage, layers, rows, context)
+    work += Work(_stored(model.model.layers) + _stored(model.lm_head), 0)
     if count:
         own = sum(parameter.numel() for parameter in model.medusa_head.parameters())
         work += Work(_stored(model.medusa_head), 2 * own)
-        if model.heads.vocab_size is None:
-            work += Work(_stored(model.lm_head), 2 * count * head)
+    if count and model.heads.vocab_size is None and model.draft_head is None:
+        # Packed for the kernels it has a byte for each weight.
+        again = _stored(model.lm_head) or head
+        work += Work(again, 2 * count * head)
     return work
 
 

@@ -50,7 +50,8 @@ class StageMeter:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._muted = False
+        self.is_muted = False
+        """What is computed now is no request's, and counts nowhere."""
         self._spent: dict[Activity, float] = {"busy": 0.0, "wait": 0.0, "link": 0.0, "idle": 0.0}
         self._activity: Activity = "busy"
         self._text = False
@@ -96,11 +97,11 @@ class StageMeter:
     @contextmanager
     def muted(self) -> Iterator[None]:
         """Count no steps in the block: they are no request's. Its time is booked all the same."""
-        self._muted = True
+        self.is_muted = True
         try:
             yield
         finally:
-            self._muted = False
+            self.is_muted = False
 
     def switch(self, activity: Activity) -> Activity:
         """Book what follows on `activity`; returns the one before."""
@@ -136,7 +137,7 @@ class StageMeter:
         `ended`: of the meter's clock, by default now; `points`: of each sequence in it the point of
         an outline answer, 0 for none.
         """
-        if self._muted:
+        if self.is_muted:
             return
         self.steps += 1
         self.rows += rows
@@ -151,8 +152,7 @@ class StageMeter:
 
     def count_judging(self, *, decode: bool, seconds: float, ended: float | None = None) -> None:
         """The judging of the micro-batch counted last took `seconds`, up to `ended`."""
-        self.moved += 1
-        if self._muted:
+        if self.is_muted:
             return
         self._add(decode=decode, seconds=seconds)
         if decode:

@@ -90,8 +90,9 @@ class Stage:
         if self.device.type == "cuda":
             # A kernel runs on after its call: without this the link would be blamed for its time.
             torch.cuda.synchronize(self.device)
-        ended = time.perf_counter()
-        self._uncounted.append(partial(self._count, entries, began, ended))
+        if not self.meter.is_muted:
+            ended = time.perf_counter()
+            self._uncounted.append(partial(_count, self.meter, entries, began, ended))
         return out
 
     def settle(self) -> None:
@@ -99,12 +100,6 @@ class Stage:
         for count in self._uncounted:
             count()
         self._uncounted.clear()
-
-    def _count(self, entries: Sequence[Entry], began: float, ended: float) -> None:
-        rows = sum(len(entry.tokens) for entry in entries)
-        points = [entry.point for entry in entries]
-        decode, seconds = is_decode(entries), ended - began
-        self.meter.count(rows, decode=decode, seconds=seconds, ended=ended, points=points)
 
     def judge(self, entries: Sequence[Entry], hidden: Tensor) -> list[Result]:
         """Results of the entries that want one, in order; only on the last stage.
@@ -133,9 +128,10 @@ class Stage:
         for scores, result in zip(judged, results, strict=True):
             if scores.entry.draft_width < width:
                 result.candidates = [some[: scores.entry.draft_width] for some in result.candidates]
-        ended, decode = time.perf_counter(), is_decode(entries)
-        count = partial(self.meter.count_judging, decode=decode, seconds=ended - began, ended=ended)
-        self._uncounted.append(count)
+        self.meter.moved += 1
+        if not self.meter.is_muted:
+            ended = time.perf_counter()
+            self._uncounted.append(partial(_count_judging, self.meter, entries, began, ended))
         return results
 
     def _draft(
@@ -147,6 +143,17 @@ class Stage:
         drafts = self.forward.draft(torch.stack(ends), roots, width, heads, tree).tolist()
         for result, tokens in zip(results, drafts, strict=True):
             result.candidates = tokens
+
+
+def _count(meter: StageMeter, entries: Sequence[Entry], began: float, ended: float) -> None:
+    rows = sum(len(entry.tokens) for entry in entries)
+    points = [entry.point for entry in entries]
+    decode, seconds = is_decode(entries), ended - began
+    meter.count(rows, decode=decode, seconds=seconds, ended=ended, points=points)
+
+
+def _count_judging(meter: StageMeter, entries: Sequence[Entry], began: float, ended: float) -> None:
+    meter.count_judging(decode=is_decode(entries), seconds=ended - began, ended=ended)
 
 
 def is_decode(entries: Sequence[Entry]) -> bool:

@@ -42,6 +42,7 @@ from engine.nodes.messages import (
     Rejoin,
     Seat,
     ToNode,
+    printable,
     release,
 )
 from engine.nodes.preparation import Preparation
@@ -173,7 +174,7 @@ class Agent:
                 self._say(f"joined {self._address.text} as node {number} of {of} (the first is 0)")
             case Refused(reason, passing):
                 if not passing or time.monotonic() - self._began > FULL_S:
-                    raise ConfigError(f"{self._address.text}: {reason}")
+                    raise ConfigError(f"{self._address.text}: {printable(reason)}")
             case Goodbye():
                 self._over = True
             case Rejoin() if self._number is not None:

@@ -19,6 +19,8 @@ BEAT_S = 0.25
 LOST_S = 2.0
 """After so many seconds of silence the other side is gone."""
 MAX_BYTES = 1 << 26
+SHOWN = 4000
+"""Characters of a text of the other side that are shown."""
 
 
 class Queued(msgspec.Struct, frozen=True, tag=True):
@@ -241,6 +243,11 @@ def _decoded(decoder: msgspec.msgpack.Decoder[_Message], frame: bytes) -> _Messa
         return decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+
+
+def printable(text: str) -> str:
+    """What the other side says, as it may be shown: no control character but new lines."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text[:SHOWN])
 
 
 def release() -> str:

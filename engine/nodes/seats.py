@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from engine.nodes.messages import Join
+from engine.nodes.messages import Join, printable
+
+MAX_NAME = 40
 
 
 @dataclass
@@ -41,7 +43,8 @@ class Seat:
 
     def take(self, join: Join, identity: bytes) -> None:
         """A machine sits down."""
-        self.name, self.instance, self.identity = join.name, join.instance, identity
+        self.name, self.instance = printable(join.name)[:MAX_NAME], join.instance
+        self.identity = identity
         self.heard = time.monotonic()
         self.left_at = None
         self.why = ""

@@ -39,6 +39,7 @@ from engine.nodes.messages import (
     Wanted,
     decode_to_first,
     encode,
+    printable,
     release,
 )
 from engine.nodes.messages import Seat as SeatTaken
@@ -175,7 +176,7 @@ class Switchboard:
         attached = self._attached
         match message:
             case Doing(text):
-                seat.doing = f"{seat.title()}: {text}"
+                seat.doing = f"{seat.title()}: {printable(text)}"
                 self._changed()
             case Prepared(number):
                 seat.prepared, seat.doing = number, ""
@@ -215,13 +216,14 @@ class Switchboard:
         self.send(seat, Part(data))
 
     def _failed(self, seat: Seat, failed: Failed) -> None:
+        message = printable(failed.message)
         if failed.leaves:
-            self._lose(seat, f"was of no use: {failed.message}")
+            self._lose(seat, f"was of no use: {message}")
         elif seat.begun:
             seat.begun = False
-            self._lost(seat.number, f"{seat.title()}: {failed.message}")
+            self._lost(seat.number, f"{seat.title()}: {message}")
         else:
-            seat.why = failed.message
+            seat.why = message
             self._changed()
 
     def _lose(self, seat: Seat, why: str) -> None:

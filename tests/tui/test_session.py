@@ -26,6 +26,7 @@ from engine.protocol import (
     Transcript,
 )
 from engine.request import RequestStream
+from engine.updates import ClientState, StateChanged
 from tests.tui.fake_client import CONFIG, READY, FakeClient
 from tui.messages import EngineChanged
 from tui.session import EngineSession
@@ -200,6 +201,26 @@ async def test_an_answer_goes_on_where_it_was_on_the_new_engine(bench: Bench) ->
     assert bench.session.config == THREE
     assert bench.session.snapshot.split == (10, 10, 10)
     assert bench.phases[-1] == "ready" and "failed" not in bench.phases
+
+
+async def test_an_engine_that_waits_for_a_machine_can_be_replaced_by_a_smaller_one(
+    bench: Bench,
+) -> None:
+    reader = Reader(bench.session.ask(QUESTION, params=SamplingParams(max_tokens=9)))
+    begin(bench)
+    bench.client.tell(StateChanged(ClientState.RECOVERING, "waiting for node 1 (b)"))
+    assert bench.session.snapshot.phase == "recovering"
+    one = replace(CONFIG, stage_num_hidden_layers_list=[30])
+    applying = await drained(bench, one)
+    end(bench, "cancelled", 1)  # as a client without an engine does at once
+    await bench.engine(2)
+    await bench.healthy()
+    await applying
+    assert bench.client.requests[-1].answered == (1,)
+    bench.client.started(prompt_tokens=3)
+    end(bench, "stop", 1)
+    await reader.task
+    assert bench.session.snapshot.phase == "ready"
 
 
 async def test_another_split_of_as_many_stages_moves_layers_under_a_running_answer(

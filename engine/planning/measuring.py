@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 PROMPT = 512
 """Tokens of the prompts that are asked of the stages that are measured, or half the context."""
-PROMPTS = 4
+PROMPTS = 6
+"""The first is to warm up; the median of the others counts."""
 
 
 def about(config: JupiterConfig) -> dict[str, str]:
@@ -109,15 +110,15 @@ async def profile_of(
 
 
 async def measured(config: JupiterConfig, prompts: Sequence[str]) -> tuple[Profile, Took]:
-    """Start an engine of `config`, have it answer, measure it, and stop it. Raises EngineError."""
+    """Start an engine of `config`, measure it, have it answer, and stop it. Raises EngineError."""
     from engine.client import EngineClient
 
     watcher = Watcher()
     client = EngineClient(config, listener=watcher)
     try:
         await client.start()
-        took = await take_answers(client, prompts)
-        return await watcher.measure(client), took
+        profile = await watcher.measure(client)
+        return profile, await take_answers(client, prompts)
     finally:
         await client.stop()
 

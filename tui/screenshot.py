@@ -21,6 +21,7 @@ from engine.errors import ExitCode
 from tui.app import JupiterApp
 from tui.conversation import Ending
 from tui.screens.training import TrainingScreen
+from tui.widgets.timeline import TimelineView
 from tui.widgets.training_form import TrainingForm
 
 SIZE = (120, 36)
@@ -114,12 +115,14 @@ async def outline(app: JupiterApp, camera: Photographer) -> None:
     """Save a list whose points grow side by side, and what the stages did meanwhile."""
     await camera.press("f10")
     await camera.type(LIST)
-    await camera.until(lambda: len(app.screen.query("PointCard.-growing")) >= 3)
+    await camera.until(lambda: app.screen.query("PointCard.-done"))
     camera.save("outline")
-    await camera.until(lambda: not app.screen.query("PointCard"))
-    await camera.press("f10", "f4", "t")
+    await camera.press("f4", "t")
+    await camera.until(lambda: "points at once" in str(app.screen.query_one(TimelineView).render()))
     camera.save("timeline")
     await camera.press("t", "f2")
+    await camera.until(lambda: not app.screen.query("PointCard"))
+    await camera.press("f10")
 
 
 async def train(app: JupiterApp, camera: Photographer, scratch: Path) -> None:

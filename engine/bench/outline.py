@@ -189,6 +189,7 @@ class Bench:
         """The figures for people and the line for programs."""
         plain, outline = (self.sides[mode] for mode in MODES)
         ratio = round(plain.ms_per_token / outline.ms_per_token, 3)
+        of_lists = ratio_of_lists(plain, outline)
         stages = timeline_figures([a.window for a in outline.answers if a.window is not None])
         print(f"{where}; {self.world} stages")
         print(f"{len(self._prompts)} prompts (the project's own), greedy, ", end="")
@@ -203,9 +204,11 @@ class Bench:
         print(", ".join(str(answer.points) for answer in outline.answers))
         print(f"while points grow: {told_timeline(stages)}")
         print(f"vs_plain: {ratio:.2f}×")
+        if of_lists is not None:
+            print(f"vs_plain_lists, of the answers that are lists: {of_lists:.2f}×")
         line = {
             "bench": "outline",
-            "ratios": {"vs_plain": ratio},
+            "ratios": {"vs_plain": ratio, "vs_plain_lists": of_lists},
             "modes": {
                 mode: {
                     "ms_per_token": round(side.ms_per_token, 3),
@@ -221,6 +224,19 @@ class Bench:
             "max_new_tokens": self._max_tokens,
         }
         print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def ratio_of_lists(plain: Side, outline: Side) -> float | None:
+    """The ratio of those prompts alone whose outline answer is a list; None where none is.
+
+    The others are written plainly in both modes.
+    """
+    pairs = zip(plain.answers, outline.answers, strict=True)
+    lists = [(a, b) for a, b in pairs if b.points]
+    if not lists:
+        return None
+    ours, theirs = Side([b for _, b in lists]), Side([a for a, _ in lists])
+    return round(theirs.ms_per_token / ours.ms_per_token, 3)
 
 
 def timeline_figures(windows: Sequence[Window]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.bench.outline import Answer, Side, timeline_figures, told_timeline
+from engine.bench.outline import Answer, Side, ratio_of_lists, timeline_figures, told_timeline
 from engine.protocol import FlightSpan
 from engine.timeline import Timeline
 
@@ -14,6 +14,13 @@ def test_a_shorter_answer_wins_nothing() -> None:
     short = Side([Answer(10, 0.2, 0.1, 3)])
     assert long.ms_per_token == pytest.approx(short.ms_per_token)
     assert long.ttft_ms == pytest.approx(200)
+
+
+def test_what_became_no_list_is_left_out_of_the_ratio_of_lists() -> None:
+    plain = Side([Answer(100, 2.0, 0.1, 0), Answer(100, 1.0, 0.1, 0)])
+    outline = Side([Answer(50, 0.5, 0.1, 4), Answer(100, 1.0, 0.1, 0)])
+    assert ratio_of_lists(plain, outline) == pytest.approx(2.0)
+    assert ratio_of_lists(plain, Side([Answer(100, 1.0, 0.1, 0)] * 2)) is None
 
 
 def test_windows_count_by_their_length() -> None:

@@ -70,7 +70,7 @@ def test_decode_compares_engines_and_ends_with_its_ratios(
     config: Path, prompts: Path, tmp_path: Path
 ) -> None:
     words = ["--config", str(config), "--file", str(prompts), "--threads", "1"]
-    limits = ["--max_new_tokens", "8", "--only", "jupiter", "--only", "transformers"]
+    limits = ["--max_new_tokens", "24", "--only", "jupiter", "--only", "transformers"]
     shown, line = bench(tmp_path, "decode", *words, *limits)
     assert line["bench"] == "decode"
     assert list(line["ratios"]) == list(RATIOS)

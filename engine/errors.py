@@ -49,6 +49,11 @@ def cut(text: str, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def harmless(text: str, kept: str = "") -> str:
+    """`text` without what a terminal may take for orders; the characters of `kept` stay."""
+    return "".join(c if c.isprintable() or c in kept else "\ufffd" for c in text)
+
+
 class ConfigError(JupiterError):
     """A configuration file, flag or value that cannot be used."""
 

@@ -6,7 +6,7 @@ ever crosses these sockets. A frame that does not decode is dropped, counted and
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -452,6 +452,7 @@ class EventEnvelope(msgspec.Struct, frozen=True, array_like=True):
     body: Event
 
 
+_Message = TypeVar("_Message")
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder = msgspec.msgpack.Decoder(CommandEnvelope)
 _event_decoder = msgspec.msgpack.Decoder(EventEnvelope)
@@ -464,17 +465,19 @@ def encode(envelope: CommandEnvelope | EventEnvelope) -> bytes:
 
 def decode_command(frame: bytes) -> CommandEnvelope | None:
     """The envelope in `frame`, or None when it is malformed or of another version."""
-    try:
-        envelope = _command_decoder.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    return envelope if envelope.version == PROTOCOL_VERSION else None
+    envelope = decoded(_command_decoder, frame)
+    return envelope if envelope and envelope.version == PROTOCOL_VERSION else None
 
 
 def decode_event(frame: bytes) -> EventEnvelope | None:
     """The envelope in `frame`, or None when it is malformed or of another version."""
+    envelope = decoded(_event_decoder, frame)
+    return envelope if envelope and envelope.version == PROTOCOL_VERSION else None
+
+
+def decoded(decoder: msgspec.msgpack.Decoder[_Message], frame: bytes) -> _Message | None:
+    """What `frame` holds, None when it is malformed."""
     try:
-        envelope = _event_decoder.decode(frame)
+        return decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return envelope if envelope.version == PROTOCOL_VERSION else None

@@ -31,9 +31,11 @@ def is_mcore(path: Path) -> bool:
         return True
     if (path / TORCH_FILE).is_file():
         return True
-    return (path / TRACKER).is_file() and (
-        (_latest(path) / FORMAT).is_file() or (_latest(path) / TORCH_FILE).is_file()
-    )
+    return (path / TRACKER).is_file() and _is_iteration(_latest(path))
+
+
+def _is_iteration(folder: Path) -> bool:
+    return (folder / FORMAT).is_file() or (folder / TORCH_FILE).is_file()
 
 
 def iteration_folder(path: Path) -> Path:
@@ -43,7 +45,7 @@ def iteration_folder(path: Path) -> Path:
         CheckpointError: there is none, or it is neither `torch_dist` nor `torch`.
     """
     folder = path
-    if not ((path / FORMAT).is_file() or (path / TORCH_FILE).is_file()):
+    if not _is_iteration(path):
         if not (path / TRACKER).is_file():
             raise CheckpointError(
                 f"{path}: no checkpoint; expected {TRACKER}, or {FORMAT} of an iteration folder"

@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from engine.protocol import decoded
+
 Asker = TypeVar("Asker", bound=Hashable)
 
 
@@ -52,9 +54,8 @@ class Exchange(Generic[Asker]):
 
     def handle(self, asker: Asker, frame: bytes) -> list[tuple[Asker, bytes]]:
         """Take a request; the answers that are due now, and to whom. A damaged one gets none."""
-        try:
-            request = _request_decoder.decode(frame)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        request = decoded(_request_decoder, frame)
+        if request is None:
             return []
         if isinstance(request, Get):
             self._waiting[asker] = request.keys

@@ -7,11 +7,12 @@ travel in `Queued` unchanged.
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TypeVar
 
 import msgspec
 
+from engine.errors import harmless
 from engine.nodes.weights import Artifact
+from engine.protocol import decoded
 
 VERSION = 1
 BEAT_S = 0.25
@@ -220,7 +221,6 @@ ToFirst = (
 _encoder = msgspec.msgpack.Encoder()
 _to_node = msgspec.msgpack.Decoder(ToNode)
 _to_first = msgspec.msgpack.Decoder(ToFirst)
-_Message = TypeVar("_Message")
 
 
 def encode(message: ToNode | ToFirst) -> bytes:
@@ -230,24 +230,17 @@ def encode(message: ToNode | ToFirst) -> bytes:
 
 def decode_to_node(frame: bytes) -> ToNode | None:
     """The message in `frame`, None when it is malformed."""
-    return _decoded(_to_node, frame)
+    return decoded(_to_node, frame)
 
 
 def decode_to_first(frame: bytes) -> ToFirst | None:
     """The message in `frame`, None when it is malformed."""
-    return _decoded(_to_first, frame)
-
-
-def _decoded(decoder: msgspec.msgpack.Decoder[_Message], frame: bytes) -> _Message | None:
-    try:
-        return decoder.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
+    return decoded(_to_first, frame)
 
 
 def printable(text: str) -> str:
     """What the other side says, as it may be shown: no control character but new lines."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text[:SHOWN])
+    return harmless(text[:SHOWN], kept="\n")
 
 
 def release() -> str:

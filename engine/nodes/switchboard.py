@@ -211,7 +211,7 @@ class Switchboard:
         try:
             path = self._sources[wanted.heads][wanted.file]
             data = read_part(path, wanted.offset)
-        except (IndexError, OSError):
+        except (IndexError, OSError, OverflowError, ValueError):
             data = b""
         self.send(seat, Part(data))
 

@@ -110,7 +110,7 @@ def encode_batch(entries: Sequence[Entry], crowd: int = 1) -> list[int]:
     return numbers
 
 
-def decode_batch(numbers: Sequence[int]) -> list[Entry]:
+def decode_batch(numbers: list[int]) -> list[Entry]:
     """The inverse of `encode_batch`."""
     take = _Reader(numbers)
     entries = []
@@ -168,7 +168,7 @@ def encode_results(results: Sequence[Result]) -> list[int]:
     return numbers
 
 
-def decode_results(numbers: Sequence[int]) -> list[Result]:
+def decode_results(numbers: list[int]) -> list[Result]:
     """The inverse of `encode_results`."""
     take = _Reader(numbers)
     results = []
@@ -180,8 +180,8 @@ def decode_results(numbers: Sequence[int]) -> list[Result]:
 
 
 class _Reader:
-    def __init__(self, numbers: Sequence[int]) -> None:
-        self.numbers, self.at = list(numbers), 0
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers, self.at = numbers, 0
 
     def one(self) -> int:
         return self.many(1)[0]

@@ -128,36 +128,30 @@ class StageMeter:
         rows: int,
         *,
         decode: bool,
-        seconds: float,
-        ended: float | None = None,
-        points: Iterable[int] = (),
+        began: float,
+        ended: float,
+        points: Iterable[int],
     ) -> None:
-        """A micro-batch of `rows` rows was passed through the layers in `seconds`, up to `ended`.
+        """A micro-batch of `rows` rows was passed through the layers, by the meter's clock.
 
-        `ended`: of the meter's clock, by default now; `points`: of each sequence in it the point of
-        an outline answer, 0 for none.
+        `points`: of each sequence in it the point of an outline answer, 0 for none.
         """
-        if self.is_muted:
-            return
         self.steps += 1
         self.rows += rows
-        ended = (self._clock() if ended is None else ended) + self._since_1970
-        span = [self.steps - 1, ended - seconds, ended, rows, decode, tuple(points)]
-        self._spans.append(span)
+        at = self._since_1970
+        self._spans.append([self.steps - 1, began + at, ended + at, rows, decode, tuple(points)])
         if decode:
             self.decode_steps += 1
         else:
             self.prefill_rows += rows
-        self._add(decode=decode, seconds=seconds)
+        self._add(decode=decode, seconds=ended - began)
 
-    def count_judging(self, *, decode: bool, seconds: float, ended: float | None = None) -> None:
-        """The judging of the micro-batch counted last took `seconds`, up to `ended`."""
-        if self.is_muted:
-            return
-        self._add(decode=decode, seconds=seconds)
+    def count_judging(self, *, decode: bool, began: float, ended: float) -> None:
+        """The micro-batch counted last was judged, by the meter's clock."""
+        self._add(decode=decode, seconds=ended - began)
         if decode:
-            self.decode_judge_s += seconds
-        self._spans[-1][2] = (self._clock() if ended is None else ended) + self._since_1970
+            self.decode_judge_s += ended - began
+        self._spans[-1][2] = ended + self._since_1970
 
     def _add(self, *, decode: bool, seconds: float) -> None:
         if decode:

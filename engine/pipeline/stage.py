@@ -148,12 +148,11 @@ class Stage:
 def _count(meter: StageMeter, entries: Sequence[Entry], began: float, ended: float) -> None:
     rows = sum(len(entry.tokens) for entry in entries)
     points = [entry.point for entry in entries]
-    decode, seconds = is_decode(entries), ended - began
-    meter.count(rows, decode=decode, seconds=seconds, ended=ended, points=points)
+    meter.count(rows, decode=is_decode(entries), began=began, ended=ended, points=points)
 
 
 def _count_judging(meter: StageMeter, entries: Sequence[Entry], began: float, ended: float) -> None:
-    meter.count_judging(decode=is_decode(entries), seconds=ended - began, ended=ended)
+    meter.count_judging(decode=is_decode(entries), began=began, ended=ended)
 
 
 def is_decode(entries: Sequence[Entry]) -> bool:

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from engine.client import Fetching, Update
+from engine.errors import harmless
 from engine.protocol import EventEnvelope, Notice, StageState
 from engine.training.args_run import ProgressMode
 
@@ -87,8 +88,7 @@ class Progress:
 
     def _say(self, text: str) -> None:
         # An id or a message may hold what a terminal takes for orders.
-        harmless = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
-        _to_stderr(f"{self.prefix}{harmless}\n")
+        _to_stderr(f"{self.prefix}{harmless(text)}\n")
 
 
 class JsonProgress(Progress):

@@ -68,9 +68,9 @@ def test_an_activity_ends_with_an_error_as_well() -> None:
 
 def test_decode_steps_and_prefill_are_counted_apart() -> None:
     meter = StageMeter()
-    meter.count(64, decode=False, seconds=0.5)
-    meter.count(4, decode=True, seconds=0.25)
-    meter.count_judging(decode=True, seconds=0.125)
+    meter.count(64, decode=False, began=1.0, ended=1.5, points=[0])
+    meter.count(4, decode=True, began=2.0, ended=2.25, points=[0])
+    meter.count_judging(decode=True, began=2.25, ended=2.375)
     assert (meter.steps, meter.rows) == (2, 68)
     assert (meter.prefill_rows, meter.prefill_busy_s) == (64, 0.5)
     assert (meter.decode_steps, meter.decode_busy_s) == (1, 0.375)

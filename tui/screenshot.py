@@ -98,6 +98,8 @@ async def take(config: JupiterConfig, folder: Path, scratch: Path) -> None:
         await camera.ask("Now the same in one line.")
         camera.save("speculation")
         await camera.press("ctrl+s")
+        rows = camera.rows()
+        await camera.press("ctrl+n")  # behind other turns the model writes no list
         await outline(app, camera)
         await camera.press("f4")
         camera.save("telemetry")
@@ -106,7 +108,7 @@ async def take(config: JupiterConfig, folder: Path, scratch: Path) -> None:
         await camera.press("f1")
         camera.save("help")
         await camera.press("escape", "f5")
-        await train(app, camera, scratch)
+        await train(app, camera, rows, scratch)
         camera.save("training")
         await app.leave(ExitCode.OK)
 
@@ -125,12 +127,14 @@ async def outline(app: JupiterApp, camera: Photographer) -> None:
     await camera.press("f10")
 
 
-async def train(app: JupiterApp, camera: Photographer, scratch: Path) -> None:
-    """Train heads on what was just answered, until the run has ended."""
+async def train(
+    app: JupiterApp, camera: Photographer, rows: list[dict[str, str]], scratch: Path
+) -> None:
+    """Train heads on what was answered, until the run has ended."""
     screen = app.screen
     assert isinstance(screen, TrainingScreen)
     data = scratch / "answers.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in camera.rows() * 4), encoding="utf-8")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows * 4), encoding="utf-8")
     model = app.session.config.base_model_name_or_path
     folders = {"model": model, "dataset": str(data), "save": str(scratch / "runs")}
     screen.query_one(TrainingForm).load(TRAINING | folders)

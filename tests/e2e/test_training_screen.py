@@ -198,7 +198,9 @@ async def test_a_run_whose_workbench_is_killed_stops_with_a_checkpoint(
         handle = ProcessHandle(run._process.pid)
         tie = run._process.stdin
         assert tie is not None
-        os.close(tie.fileno())  # what the kernel does when a process is killed
+        # What the kernel does when a process is killed; by the file, which would close its number
+        # again later, when it may be another's.
+        tie.close()
         assert wait_all_gone([handle], DEADLINE_S)
         await b.until(lambda: run.phase == "stopped")
         assert read_run(run.folder).status == "stopped"

@@ -73,6 +73,14 @@ class Bench:
                     raise self.app._exception
                 await self.pilot.pause(0.02)
 
+    async def click(self, selector: str) -> None:
+        """Click a button once it is shown; what appears above it may move it under the pointer."""
+        await self.until(lambda: self.app.screen.query_one(selector).display)
+        async with asyncio.timeout(DEADLINE_S):
+            await self.pilot.pause()
+            while not await self.pilot.click(selector):
+                await self.pilot.pause()
+
     async def start(self, form: dict[str, str], points: int) -> None:
         self.screen._form.load(form)
         await self.pilot.press("ctrl+s")
@@ -129,9 +137,7 @@ async def test_heads_learn_and_go_into_the_chat_measured_before_and_after(
         await b.until_ready()
         await b.pilot.press("u")
         await b.until(lambda: isinstance(b.app.screen, HeadsScreen))
-        dialog = b.app.screen
-        await b.until(lambda: dialog.query_one("#measured").display)
-        await b.pilot.click("#measured")
+        await b.click("#measured")
         await b.until(lambda: shown)
         before, after = shown[0]
         assert (before.heads, after.heads) == (0, 2)
@@ -142,8 +148,7 @@ async def test_heads_learn_and_go_into_the_chat_measured_before_and_after(
         assert 0 < after.proposed[0] <= after.steps
         assert after.step_tokens == before.step_tokens
         assert b.app.session.config.medusa_head_path == str(run.folder / "heads")
-        await b.until(lambda: dialog.query_one("#back").display)
-        await b.pilot.click("#back")
+        await b.click("#back")
         await b.until(lambda: b.app.session.config.medusa_head_path is None)
         await b.until_ready()
         ready = b.app.session.snapshot.ready

@@ -20,6 +20,8 @@ from engine.processes import ProcessHandle, first_gone
 from engine.run_dir import Run, read_run
 
 POLL_S = 0.02
+CAN_FORK = hasattr(os, "pidfd_open")
+"""Linux: elsewhere torch does not survive a fork."""
 
 
 def keep(run_dir: Path, work: Callable[[Run], int]) -> int:

@@ -21,11 +21,12 @@ from msgspec.json import decode as json_decode
 import engine
 from engine.config import JupiterConfig, config_json
 from engine.errors import EngineError
+from engine.keeper import CAN_FORK
 from engine.logs import new_log_dir, torchrun_log
 from engine.processes import ProcessHandle, descendants, wait_all_gone
 from engine.run_dir import Run, RunDir
 
-WORKER = ("--module", "engine.worker")
+WORKER = Path(engine.__file__).with_name("worker.py")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 # Seconds that torchrun leaves its workers between SIGTERM and SIGKILL; its own default is 30.
 SHUTDOWN_TIMEOUT_S = 1
@@ -186,8 +187,11 @@ class Launch:
         atexit.unregister(self.kill_now)
 
 
-def torchrun_command(launch: Launch, worker: tuple[str, ...] = WORKER) -> list[str]:
-    """torchrun for one worker per stage, in a process that ends with this one."""
+def torchrun_command(launch: Launch, worker: Path = WORKER) -> list[str]:
+    """torchrun for one worker per stage, in a process that ends with this one.
+
+    Where it can, it forks the workers: they have torch, which it has loaded, at once.
+    """
     # fmt: off
     return [
         sys.executable, "-m", "engine.owned", str(os.getpid()), "torch.distributed.run",
@@ -202,7 +206,8 @@ def torchrun_command(launch: Launch, worker: tuple[str, ...] = WORKER) -> list[s
         "--local-addr", "127.0.0.1",
         "--redirects", "3",
         "--log-dir", str(launch.log_dir),
-        *worker, str(launch.run_dir.path),
+        *(("--start-method", "fork", "--run-path") if CAN_FORK else ()),
+        str(worker), str(launch.run_dir.path),
     ]
     # fmt: on
 

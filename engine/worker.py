@@ -1,21 +1,23 @@
-"""One rank of a launch: `python -m engine.worker RUN_DIR`, started by torchrun.
+"""One rank of a launch: `worker.py RUN_DIR`, started by torchrun.
 
-What torchrun starts is the rank's keeper (engine/keeper.py); the worker is a fork of it, which
-has torch loaded from the beginning.
+What torchrun starts is the rank's keeper (engine/keeper.py), a fork of torchrun where that is
+possible; the worker is a fork of it, which has torch loaded from the beginning.
 """
 
 from __future__ import annotations
 
 import os
 import queue
+import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from engine.config import JupiterConfig, parse_config
 from engine.endpoint import Endpoint, watch_owners
 from engine.errors import ExitCode, JupiterError, StageLostError
-from engine.keeper import keep
+from engine.keeper import CAN_FORK, keep
 from engine.protocol import Regroup, StageState, WorkerError
 from engine.run_dir import Run, read_run
 
@@ -27,10 +29,16 @@ REGROUP_S = 30.0
 def main(run_dir: str) -> int:
     """Serve as the rank that torchrun's environment names; returns the exit code."""
     folder = Path(run_dir)
-    if not hasattr(os, "pidfd_open"):  # where torch does not survive a fork: no quick recovery
+    if not CAN_FORK:  # no quick recovery then
         return work(read_run(folder))
+    # A fork of torchrun has its handlers, which end the launch; SIGINT comes when torchrun is gone,
+    # and that the keeper sees for itself.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     run = read_run(folder)
     rank = run.first_rank + int(os.environ["RANK"])
+    with suppress(OSError):  # the command line is torchrun's, of all ranks alike
+        Path("/proc/self/comm").write_text(f"jupiter-rank-{rank}")
     endpoint = Endpoint(run.events, run.commands, rank=rank, epoch=run.epoch)
     endpoint.send(StageState(phase="starting"))
     endpoint.close()  # its threads must not be there when the worker is forked
@@ -147,5 +155,7 @@ if __name__ == "__main__":
     code = main(sys.argv[1])
     sys.stdout.flush()
     sys.stderr.flush()
-    # Straight out: a receive that still waits in a thread must not hold the process back.
-    os._exit(code)
+    if not CAN_FORK:
+        # Straight out: a receive that still waits in a thread must not hold the process back.
+        os._exit(code)
+    sys.exit(code)

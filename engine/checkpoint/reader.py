@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from engine.checkpoint.mcore import McoreReader
 from engine.checkpoint.mcore_files import is_mcore
 from engine.checkpoint.safetensors_file import read_index
 from engine.checkpoint.tensor_entry import dtype_of, read_tensor
 from engine.checkpoint.weight_files import find_weights
 from engine.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from engine.checkpoint.mcore import McoreReader
 
 
 class WeightReader:
@@ -142,4 +144,9 @@ def open_checkpoint(path: Path) -> WeightReader | McoreReader:
     Raises:
         CheckpointError: no weights, a damaged index, or a file that is missing or damaged.
     """
-    return McoreReader(path) if is_mcore(path) else WeightReader(path)
+    if not is_mcore(path):
+        return WeightReader(path)
+    # torch.distributed.checkpoint takes a third of the time of importing torch: not at each start.
+    from engine.checkpoint.mcore import McoreReader
+
+    return McoreReader(path)

@@ -23,9 +23,16 @@ def turn(x: Tensor, block: int) -> Tensor:
     Args:
         x: float [rows, width], the width a multiple of the block; block: a power of two.
     """
+    shape = x.shape
+    # A block's values apart from each other, the blocks side by side: sums of whole rows.
+    x = x.reshape(-1, block).t().contiguous()
     half = 1
     while half < block:
-        low, high = x.unflatten(-1, (-1, 2, half)).unbind(dim=-2)
-        x = torch.stack((low + high, low - high), dim=-2).flatten(-3)
+        pairs = x.view(-1, 2, half, x.shape[-1])
+        low, high = pairs.unbind(dim=1)
+        mixed = torch.empty_like(pairs)
+        torch.add(low, high, out=mixed[:, 0])
+        torch.sub(low, high, out=mixed[:, 1])
+        x = mixed.view(block, -1)
         half *= 2
-    return x
+    return x.t().reshape(shape)

@@ -25,6 +25,8 @@ from engine.model.quantization import INT4_GROUP, fits_int4
 LAYERS = "model.layers."
 TINY = 1e-30
 """Keeps the scale of an all-zero row from being zero."""
+ROWS_AT_ONCE = 512
+"""Weights that are quantized together: what the processor's cache holds."""
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,9 +106,14 @@ class Int4Linear(nn.Module):
 def quantize_linear(linear: nn.Linear) -> QuantizedLinear:
     """The nearest int8 weights, turned; the largest of each output is at the end of the range."""
     limit, block = weight_limit(), block_of(linear.in_features)
-    weight = turn(linear.weight.detach().float(), block)
-    scale = weight.abs().amax(dim=1).clamp(min=TINY) / limit
-    rounded = (weight / scale[:, None]).round().to(torch.int8)
+    weight = linear.weight.detach()
+    scale = torch.empty(len(weight))
+    rounded = torch.empty(weight.shape, dtype=torch.int8)
+    for first in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        turned = turn(weight[rows].float(), block)
+        torch.div(turned.abs().amax(dim=1).clamp(min=TINY), limit, out=scale[rows])
+        rounded[rows] = (turned / scale[rows, None]).round_()
     return QuantizedLinear(rounded, scale / block, _bias(linear), block)
 
 

@@ -65,7 +65,7 @@ def rest_state(screen: str) -> bool:
 
 def workers(terminal: Terminal) -> list[int]:
     """The pids of the stages; each is a fork of a process that torchrun has started."""
-    found = [p for p in terminal.processes() if "engine.worker" in p.cmdline()[1:4]]
+    found = [p for p in terminal.processes() if p.name().startswith("jupiter-rank-")]
     return [p.pid for p in found if p.ppid() in {other.pid for other in found}]
 
 

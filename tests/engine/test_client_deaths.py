@@ -164,7 +164,7 @@ def test_a_client_ended_by_an_exception_or_ctrl_c_leaves_nothing(
 
 
 def torchrun_of_fakes(launch: Launch) -> list[str]:
-    return torchrun_command(launch, worker=(fake_worker.__file__,))
+    return torchrun_command(launch, worker=Path(fake_worker.__file__))
 
 
 async def test_the_real_torchrun_reports_the_rank_that_died_first(fake_engine) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import worker
 from engine.config import config_json, parse_config
 from engine.errors import EngineError
 from engine.launch import Launch, torchrun_command, worker_environment
@@ -183,7 +184,8 @@ def test_torchrun_starts_one_worker_per_stage_and_opens_no_port(launch: Launch) 
     assert options["--nproc-per-node"] == "3" and options["--max-restarts"] == "0"
     assert options["--rdzv-conf"] == "store_type=file"
     assert Path(options["--rdzv-endpoint"]).parent == launch.run_dir.path
-    assert words[-3:] == ["--module", "engine.worker", str(launch.run_dir.path)]
+    assert options["--start-method"] == "fork"
+    assert words[-3:] == ["--run-path", worker.__file__, str(launch.run_dir.path)]
 
 
 def test_workers_are_told_what_they_need(launch: Launch, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from tests.tiny import tiny_folder
 
 GONE_S = 5.0
 RECOVERY_S = 60.0
+RANK = "jupiter-rank-"  # how the processes of a rank are called
 # Far more than a test takes, so that the kill comes in the middle.
 LINES = 5000
 COMMAND = Path(sys.executable).with_name("jupiter-tui")
@@ -82,15 +83,19 @@ class Run:
         return [process.pid for process in self.tree]
 
     def torchrun(self) -> psutil.Process:
-        (found,) = (p for p in self.tree if "torch.distributed.run" in p.cmdline())
+        (found,) = (
+            process
+            for process in self.tree
+            if "torch.distributed.run" in process.cmdline() and RANK not in process.name()
+        )
         return found
 
     def workers(self) -> dict[int, psutil.Process]:
         """The stages by rank; each is a fork of a process that torchrun has started."""
         return {
-            int(process.environ()["RANK"]): process
+            int(process.name().removeprefix(RANK)): process
             for process in self.tree
-            if "RANK" in process.environ() and process.ppid() != self.torchrun().pid
+            if process.name().startswith(RANK) and process.ppid() != self.torchrun().pid
         }
 
     def survives(self, pid: int) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import struct
 from contextlib import nullcontext
 from enum import IntEnum
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ HEADER_LENGTH = 4
 HEADER_BYTES = 8 * HEADER_LENGTH
 FIRST_BYTES = 1 << 16
 """Room for a first message: what fits there whole needs no second one."""
+VIEWS = 256
 FIRST_BYTES_NCCL = 1 << 14
 """NCCL sends and receives the same size, so that is always sent."""
 
@@ -64,6 +66,10 @@ class Link:
         self.dtype = dtype
         self.device = device
         self._nccl = nccl
+        group = dist.group.WORLD
+        assert group is not None
+        # The backend itself: torch's dispatcher takes its time to find it for every message.
+        self._peers = group._get_backend(device)
         self.first_bytes = FIRST_BYTES_NCCL if nccl else FIRST_BYTES
         self.form = Wire(link_dtype, hidden_size, dtype)
         self._incoming = _Buffer(self.first_bytes)
@@ -111,7 +117,7 @@ class Link:
         else:
             parts = [out.part(0, self.first_bytes if self._nccl else HEADER_BYTES)]
             parts.append(out.part(HEADER_BYTES, size))
-        self._sending[turn] = [_group().send([self._on_wire(part)], to, 0) for part in parts]
+        self._sending[turn] = [self._peers.send([self._on_wire(part)], to, 0) for part in parts]
         self.meter.moved += 1
         self.meter.sent_bytes += sum(map(len, parts))
 
@@ -136,13 +142,18 @@ class Link:
                 self._incoming.make_room(size)
                 self._receive(source, HEADER_BYTES, size)
             numbers = self._incoming.numbers(HEADER_BYTES, count)
-            hidden = self.form.take(self._incoming.part(split, size), rows)
-            return Kind(kind), list(numbers), hidden.to(self.device)
+            if self.form.kind == "exact":
+                hidden = self._incoming.rows(split, rows, self.hidden_size, self.dtype)
+            else:
+                hidden = self.form.take(self._incoming.part(split, size), rows)
+            if self.device.type != "cpu":
+                hidden = hidden.to(self.device)
+            return Kind(kind), list(numbers), hidden
 
     def _receive(self, source: int, start: int, end: int) -> None:
         part = self._incoming.part(start, end)
         wire = self._on_wire(part)
-        _group().recv([wire], source, 0).wait()
+        self._peers.recv([wire], source, 0).wait()
         if wire is not part:
             part.copy_(wire)
 
@@ -157,18 +168,15 @@ class Link:
             works.clear()
 
 
-def _group() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group
-
-
 class _Buffer:
     """Host memory for one message; written and read without torch where that is quicker."""
 
     def __init__(self, size: int) -> None:
         self._bytes = torch.zeros(size, dtype=torch.uint8)
         self._view = self._bytes.numpy().data
+        # Making a view costs tens of microseconds behind kernels that have emptied the caches.
+        self._parts = lru_cache(VIEWS)(lambda start, end: self._bytes[start:end])
+        self._rows = lru_cache(VIEWS)(self._view_of_rows)
 
     def make_room(self, size: int) -> None:
         """What was there is lost where it has to grow."""
@@ -176,7 +184,7 @@ class _Buffer:
             self.__init__(2 * size)  # type: ignore[misc]
 
     def part(self, start: int, end: int) -> Tensor:
-        return self._bytes[start:end]
+        return self._parts(start, end)
 
     def put_numbers(self, numbers: tuple[int, ...]) -> None:
         """int64, from the beginning on."""
@@ -192,5 +200,8 @@ class _Buffer:
             self.rows(start, rows.shape[0], rows.shape[1], rows.dtype).copy_(rows)
 
     def rows(self, start: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return self._rows(start, rows, width, dtype)
+
+    def _view_of_rows(self, start: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         size = rows * width * dtype.itemsize
         return self._bytes[start : start + size].view(dtype).view(rows, width)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from engine.text import TextCodec
 
 # Seconds to wait for the receiving thread; it may be in a receive that goes on.
 RESULTS_END_S = 0.5
+HAND_OVER_S = 0.0003
+"""The receiving thread leaves the interpreter to the one that it has woken, which has a step to send:
+nothing comes before that."""
 
 
 @dataclass
@@ -220,6 +224,7 @@ def _receive_results(link: Link, last: int, inbox: queue.SimpleQueue[Any]) -> No
             inbox.put(LinkDown(link, _first_line(error)))
             return
         inbox.put(Arrived(link, kind, numbers))
+        time.sleep(HAND_OVER_S)
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

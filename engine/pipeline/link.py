@@ -7,6 +7,7 @@ import struct
 from contextlib import nullcontext
 from enum import IntEnum
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,7 @@ class Link:
         group = dist.group.WORLD
         assert group is not None
         # The backend itself: torch's dispatcher takes its time to find it for every message.
-        self._peers = group._get_backend(device)
+        self._peers: Any = group._get_backend(device)
         self.first_bytes = FIRST_BYTES_NCCL if nccl else FIRST_BYTES
         self.form = Wire(link_dtype, hidden_size, dtype)
         self._incoming = _Buffer(self.first_bytes)

@@ -35,8 +35,8 @@ from engine.text import TextCodec
 # Seconds to wait for the receiving thread; it may be in a receive that goes on.
 RESULTS_END_S = 0.5
 HAND_OVER_S = 0.0003
-"""The receiving thread leaves the interpreter to the one that it has woken, which has a step to send:
-nothing comes before that."""
+"""The receiving thread leaves the interpreter to the one that it has woken, which has a step to
+send: nothing comes before that."""
 
 
 @dataclass

@@ -27,6 +27,7 @@ from tui.screens import heads
 from tui.screens.dialogs import Pick
 from tui.screens.heads import HeadsScreen
 from tui.screens.training import TrainingScreen
+from tui.training_form import RANKS
 
 DEADLINE_S = 60.0
 
@@ -153,6 +154,22 @@ async def test_heads_learn_and_go_into_the_chat_measured_before_and_after(
         await b.until_ready()
         ready = b.app.session.snapshot.ready
         assert ready is not None and ready.medusa_num_heads == 0
+
+
+async def test_the_model_itself_learns_over_two_ranks(form: dict[str, str]) -> None:
+    settings = {"command": "sft", RANKS: "2", "tensor_model_parallel_size": "2", "lr": "1e-3"}
+    kept = {name: value for name, value in form.items() if not name.startswith("medusa")}
+    async with bench() as b:
+        await b.start({**kept, **settings}, points=6)
+        run = b.screen.training
+        assert run is not None
+        await b.until(lambda: not run.running)
+        assert (run.phase, run.problem) == ("finished", "")
+        assert [point.iteration for point in run.history.points] == [1, 2, 3, 4, 5, 6]
+        logged = steps(run.folder)
+        assert run.history.points[-1].lr == logged[-1]["learning_rate"]
+        assert run.history.evaluations[-1].iteration == 6
+        assert read_run(run.folder).checkpoint == 6
 
 
 async def test_a_run_that_is_left_is_attached_to_stopped_and_gone_on_with(

@@ -177,10 +177,10 @@ async def test_greedy_tokens_equal_transformers(
     config = load_config(
         str(Path(__file__).parents[2] / "config.json"), stages=split, assignments=options
     )
-    sample = random.Random(f"{split} {heads}").sample(PROMPTS, 5)
-    # Without heads and together all prompts are cheap; each sample is another one.
-    alone = list(PROMPTS) if full else sample[:2]
-    together = list(PROMPTS) if full or not heads else sample[1:]
+    # Without heads and together many are cheap; each sample is another one.
+    sample = random.Random(f"{split} {heads}").sample(PROMPTS, 4 if heads else 12)
+    alone = list(PROMPTS) if full else sample[:1]
+    together = list(PROMPTS) if full else sample[1:]
     found = await answers(config, alone, together)
     for text, got in zip(alone + together, found["alone"] + found["together"], strict=True):
         check(reference, text, got)

@@ -99,7 +99,7 @@ class OutlineAnswer:
         self._metrics: list[Metrics] = []
         self._count = len(request.answered)
         self._first_count = 0
-        self._first_at = self._last_at = time.perf_counter()
+        self._began = self._first_at = self._last_at = time.perf_counter()
 
     # --- commands --------------------------------------------------------------------------
 
@@ -319,11 +319,15 @@ class OutlineAnswer:
         return "length" if any(end.finish_reason == "length" for end in self._ends) else "stop"
 
     def _figures(self) -> Metrics:
-        """Of all sequences together; the rate is that of the whole answer."""
+        """Of all sequences together; the rate is that of the whole answer.
+
+        Its first token is the first that was shown: the opening waits until it is known what it is.
+        """
         seconds = self._last_at - self._first_at
         later = self._count - self._first_count - len(self.request.answered)
         rate = later / seconds if seconds > 0 else None
-        return replace(joined(self._metrics), tokens_per_s=rate)
+        first = self._first_at - self._began if self._first_count else None
+        return replace(joined(self._metrics), ttft_s=first, tokens_per_s=rate)
 
     def _transcript(self) -> Transcript:
         """Prompt and whole answer, in the order in which it is read."""

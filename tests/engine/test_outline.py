@@ -260,6 +260,7 @@ def test_a_list_becomes_an_outline_whose_points_grow_side_by_side() -> None:
     assert isinstance(finished, Finished)
     assert {event.request_id for event in play.events} == {"a"}
     assert finished.finish_reason == "stop"
+    assert finished.metrics.ttft_s  # that of the answer, as no part has one here
     assert finished.completion_tokens == sum(len(event.token_ids) for event in tokens)
     assert finished.transcript == Transcript(
         started.transcript.text + text,

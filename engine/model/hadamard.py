@@ -25,10 +25,10 @@ def turn(x: Tensor, block: int) -> Tensor:
     """
     shape = x.shape
     # A block's values apart from each other, the blocks side by side: sums of whole rows.
-    x = x.reshape(-1, block).t().contiguous()
+    x = x.reshape(x.numel() // block, block).t().contiguous()
     half = 1
     while half < block:
-        pairs = x.view(-1, 2, half, x.shape[-1])
+        pairs = x.view(block // (2 * half), 2, half, x.shape[-1])
         low, high = pairs.unbind(dim=1)
         mixed = torch.empty_like(pairs)
         torch.add(low, high, out=mixed[:, 0])

@@ -20,9 +20,10 @@ HEADER_LENGTH = 4
 HEADER_BYTES = 8 * HEADER_LENGTH
 FIRST_BYTES = 1 << 16
 """Room for a first message: what fits there whole needs no second one."""
-VIEWS = 256
 FIRST_BYTES_NCCL = 1 << 14
 """NCCL sends and receives the same size, so that is always sent."""
+VIEWS = 256
+"""Of a message's parts that are kept, for sizes that come again."""
 
 
 class Kind(IntEnum):

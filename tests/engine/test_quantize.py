@@ -70,6 +70,7 @@ def test_what_is_turned_twice_is_what_it_was(width: int) -> None:
     x, block = torch.randn(3, width), block_of(width)
     assert block == {48: 16, 64: 64, 576: 64}[width]
     torch.testing.assert_close(turn(turn(x, block), block) / block, x, atol=1e-5, rtol=1e-5)
+    assert turn(x[:0], block).shape == (0, width)
     matrix = turn(torch.eye(width), block)
     torch.testing.assert_close(x @ matrix, turn(x, block), atol=1e-4, rtol=1e-5)
 

@@ -236,6 +236,8 @@ def agent(world: int, log_dir: Path, run_dir: str) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "--agent":
         sys.exit(agent(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]))
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's own, where this is a fork of it
+    # As the keeper does, where this is a fork of torchrun.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if code := FakeWorker(sys.argv[1]).serve():
         os._exit(code)

@@ -27,6 +27,8 @@ REAP_S = 0.3
 REGROUP_S = 1.0
 # Seconds until it is clear how one of these ended.
 VERDICT_S = 0.5
+# Seconds that the last words of a process may come behind the news of its end.
+WORDS_S = 0.2
 # Seconds until a new worker in the place of a lost one has to have said its first word.
 REPLACE_S = 10.0
 # The same where another machine has to load torch before.
@@ -119,6 +121,7 @@ class Crew:
         if self._node_lost:
             return EngineError(self._node_lost)
         await until(lambda: self.torchrun_gone.is_set() or self.post_mortem.clear(), seconds)
+        await until(lambda: not self.post_mortem.words_missing(), WORDS_S)
         return self.post_mortem.error(self.launch.exit_code())
 
     async def regroup(self, epoch: int, hung: int | None, *, spare: bool) -> None:

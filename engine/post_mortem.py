@@ -92,6 +92,13 @@ class PostMortem:
             return True
         return first in verdict and verdict[first][1] not in _FOLLOWED
 
+    def words_missing(self) -> bool:
+        """Whether a worker has ended with an exit code of its own, and has not said why: what it
+        sent may be under way still."""
+        codes = exit_codes(self._log_dir, self._epoch, self._dismissed)
+        own = {rank for rank, (_, code) in codes.items() if code > 0 and code not in _FOLLOWED}
+        return not own <= self._last_words.keys()
+
     def error(self, torchrun_exit: int | None) -> EngineError:
         """The error to show.
 

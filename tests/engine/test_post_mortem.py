@@ -9,6 +9,7 @@ import pytest
 from engine.errors import ExitCode
 from engine.logs import torchrun_log
 from engine.post_mortem import PostMortem
+from engine.protocol import WorkerError
 
 SUMMARY = """
 E failed (exitcode: {code}) local_rank: {rank} (pid: {pid}) of binary: python
@@ -39,3 +40,16 @@ def test_a_killed_rank_is_the_cause_though_its_neighbour_was_seen_to_end_before_
     evidence.gone(101)
     message = str(evidence.error(1))
     assert message.startswith("rank 1 (process 101) was killed by SIGKILL")
+
+
+def test_words_of_a_worker_that_ended_by_itself_may_be_under_way(tmp_path: Path) -> None:
+    evidence = PostMortem(tmp_path)
+    for rank, pid in enumerate((100, 101)):
+        evidence.reported(rank, pid)
+    evidence.gone(101)
+    verdict(tmp_path, (1, 101, -9), (0, 100, int(ExitCode.STAGE_LOST)))
+    assert not evidence.words_missing()  # neither has anything to say
+    verdict(tmp_path, (1, 101, int(ExitCode.BAD_INPUT)))
+    assert evidence.words_missing()
+    evidence.last_words(1, WorkerError(message="truncated", exit_code=ExitCode.BAD_INPUT))
+    assert not evidence.words_missing()
